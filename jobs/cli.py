@@ -1,0 +1,170 @@
+"""The `ldm` command: one verb for each stage, one way to configure them all."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import signal
+import sys
+import textwrap
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+import yaml
+
+from ldm import __version__
+from ldm.config import Config, RequestError, fields, load_yaml, parse
+
+STAGES = {
+    "demo": "the whole path on 1,797 handwritten digits: encode, train, serve, evaluate",
+    "encode": "image shards to a latent dataset, with a frozen autoencoder, on Ray",
+    "train": "a latent dataset to snapshots, with DeepSpeed ZeRO under Ray Train; run again, it goes on",
+    "sample": "a snapshot to pictures, on this machine",
+    "serve": "a snapshot behind HTTP, with Ray Serve",
+    "evaluate": "a snapshot measured against reference pictures, through Ray Serve",
+}
+SUBMIT = "a stage as a job on a Ray cluster: ldm submit STAGE [--address URL] [--no-wait] …"
+CONFIGS = Path(__file__).parent / "configs"
+DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0 done, 1 failed, 2 the request is wrong, 3 too much quarantined."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.path.append(os.getcwd())  # a denoiser class of the user's own is looked for there, and last
+    try:
+        return _run(arguments)
+    except RequestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_REQUEST
+    except KeyboardInterrupt:
+        print("interrupted: what was committed stays usable, and the same command goes on", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        if not isinstance(error, RuntimeError | OSError) or os.environ.get("LDM_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _run(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return DONE
+    if arguments[0] == "--version":
+        print(f"ldm-pipelines {__version__}")
+        return DONE
+    verb, rest = arguments[0], arguments[1:]
+    if verb == "submit":
+        from jobs import submit
+
+        return submit.main(rest)
+    options, config = parse_stage(verb, rest)
+    if config is None:
+        return DONE
+    if options.print_config:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        return DONE
+    stage = stage_module(verb)
+    if options.dry_run:
+        print(stage.dry_run(config))
+        return DONE
+    with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the report alone
+        report = stage.run(config)
+    show_report(report, options.json)
+    return int(getattr(report, "exit_code", DONE))
+
+
+def stage_module(verb: str) -> ModuleType:
+    """The module jobs.VERB: StageConfig, run(config) -> report, dry_run(config) -> text. Raises RequestError."""
+    if verb not in STAGES:
+        near = difflib.get_close_matches(verb, [*STAGES, "submit"], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join([*STAGES, 'submit'])}"
+        raise RequestError(f"{verb!r}: is no command; {hint}")
+    return importlib.import_module(f"jobs.{verb}")
+
+
+def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
+    """Options and the configuration of a stage; None in place of it where only help was asked for."""
+    model: type[Config] = stage_module(verb).StageConfig
+    parser = _Parser(prog=f"ldm {verb}", add_help=False)
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("--config", action="append", default=[])
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--dry-run", action="store_true")
+    parser.add_argument("--print-config", action="store_true")
+    parser.add_argument("overrides", nargs="*")
+    options = parser.parse_intermixed_args(list(arguments))
+    if options.help:
+        print(_stage_help(verb, model))
+        return options, None
+    layers = [(name, load_yaml(find_config(name))) for name in options.config]
+    return options, parse(model, layers, options.overrides)
+
+
+def find_config(name: str) -> Path:
+    """A file, or the name of a packaged config. Raises RequestError."""
+    packaged = CONFIGS / f"{name}.yaml"
+    if Path(name).is_file():
+        return Path(name)
+    if packaged.is_file():
+        return packaged
+    names = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"the packaged ones are {', '.join(names)}"
+    raise RequestError(f"config={name}: is no file and no packaged config; {hint}")
+
+
+def show_report(report: Any, as_json: bool) -> None:
+    """The report on stdout: ONE line of JSON, or a table for a person."""
+    values = {k: v for k, v in dataclasses.asdict(report).items() if k != "exit_code"}
+    if as_json:
+        print(json.dumps(values), flush=True)
+        return
+    width = max(map(len, values))
+    for key, value in values.items():
+        print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list) else value}")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise RequestError(f"{message}; see '{self.prog} --help'")
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _overview() -> str:
+    width = max(map(len, STAGES))
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in {**STAGES, "submit": SUBMIT}.items())
+    return (
+        "usage: ldm COMMAND [--config NAME_OR_FILE] [key=value …] [--json] [--dry-run] [--print-config]\n\n"
+        f"{verbs}\n\n"
+        "ldm COMMAND --help lists every key with its type, default and meaning.\n"
+        f"Packaged configs: {', '.join(sorted(path.stem for path in CONFIGS.glob('*.yaml')))}"
+    )
+
+
+def _stage_help(verb: str, model: type[Config]) -> str:
+    lines = [
+        f"usage: ldm {verb} [--config NAME_OR_FILE] [key=value …] [--json] [--dry-run] [--print-config]",
+        "",
+        STAGES[verb][0].upper() + STAGES[verb][1:] + ".",
+        "",
+    ]
+    for key, kind, default, description, _ in fields(model):
+        lines.append(f"  {key}  ({kind}; {default if default == 'required' else f'default {default}'})")
+        lines += textwrap.wrap(description, 100, initial_indent="      ", subsequent_indent="      ")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""`ldm demo`: the whole path on real handwritten digits, through the commands and configs that a user would use."""
+
+import contextlib
+import hashlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from jobs import cli
+from ldm import images, storage
+from ldm.config import Config, RequestError
+from ldm.digits import write_digit_shards
+from ldm.first_stage import FirstStageConfig, train_autoencoder
+from ldm.latents.dataset import is_held_out
+from ldm.latents.writer import sample_id
+from ldm.shards import ShardReader
+from pipelines import cluster
+from pipelines.progress import Progress, say
+from pipelines.train.checkpoint import newest_checkpoint, read_full
+
+HOLDOUT = 0.2
+"""Share of the digits that nothing is trained on; the same digits in every stage (a hash of the id decides)."""
+
+
+class StageConfig(Config):
+    """The demonstration. What is there already is not done again: interrupted, the same command goes on."""
+
+    folder: str = Field("ldm-demo", description="where everything goes")
+
+
+@dataclass(frozen=True)
+class DemoReport:
+    """What the demonstration ended with. images_per_second: by stage."""
+
+    images_per_second: dict[str, float]
+    accounting: str
+    loss: float
+    resumed_equals_uninterrupted: bool
+    metrics: dict[str, Any]
+    first_grid_after_s: float | None
+    seconds: float
+    grid: str
+
+
+def dry_run(config: Config) -> str:
+    """Checks the request; returns what would be done."""
+    assert isinstance(config, StageConfig)
+    if Path(config.folder).exists() and not Path(config.folder).is_dir():
+        raise RequestError(f"folder={config.folder}: is a file; give a directory")
+    return f"the whole path on 1,797 digits in {config.folder}: about 8 minutes on two CPU cores"
+
+
+def run(config: StageConfig) -> DemoReport:
+    """Runs the whole path. Raises RequestError; RuntimeError where a resumed run differs from an uninterrupted one."""
+    dry_run(config)
+    started = time.monotonic()
+    folder = Path(config.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ.pop("RAY_ADDRESS", None)  # the demonstration has a Ray of its own
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{(folder / 'mlflow.db').resolve()}")
+    os.environ.setdefault("MLFLOW_EXPERIMENT_NAME", "ldm-demo")
+
+    _title("1/6  1,797 handwritten digits as WebDataset shards, two broken pictures among them")
+    write_digit_shards(folder / "shards")
+    source = f"{folder}/shards/digits-{{00000..00007}}.tar"
+    _title("2/6  a first stage: a small AutoencoderKL, trained on the training digits")
+    _train_first_stage(folder, source)
+    with cluster.ray_session():
+        _title("3/6  encode: Ray, the frozen autoencoder, exactly once")
+        paths = {"source": source, "destination": f"{folder}/latents", "autoencoder": f"{folder}/autoencoder"}
+        encoded = _stage("encode", paths)
+        counts = {k: getattr(encoded, k) for k in ("inputs", "encoded", "filtered", "quarantined")}
+        accounting = "{inputs:,} = {encoded:,} encoded + {filtered:,} filtered + {quarantined:,} quarantined"
+        _title("4/6  train: DeepSpeed ZeRO-2 on two workers")
+        with _first_grid(folder, started) as first:
+            trained = _stage("train", {"latents": f"{folder}/latents", "output": f"{folder}/run"})
+        _title("5/6  is a resume exact? one worker is killed with SIGKILL, the other run is left alone")
+        same = _check_resume(folder)
+        _title("6/6  evaluate: 500 digits drawn with DDIM through Ray Serve, and measured")
+        where = {"snapshot": trained.snapshot, "reference": source, "output": f"{folder}/evaluation"}
+        evaluated = _stage("evaluate", where)
+    report = DemoReport(
+        images_per_second={
+            "encode": encoded.images_per_second,
+            "train": trained.images_per_second,
+            "sample": evaluated.images_per_second,
+        },
+        accounting=accounting.format(**counts),
+        loss=trained.loss,
+        resumed_equals_uninterrupted=same,
+        metrics=evaluated.metrics,
+        first_grid_after_s=first.get("seconds"),
+        seconds=round(time.monotonic() - started, 1),
+        grid=evaluated.grid,
+    )
+    _closing_words(report, folder, trained.snapshot)
+    return report
+
+
+def _stage(verb: str, values: dict[str, str], config_name: str = "") -> Any:
+    """Runs one stage as `ldm VERB --config demo-VERB key=value …` would, and says so."""
+    arguments = [
+        "--config",
+        config_name or f"demo-{verb}",
+        *(f"{key}={value}" for key, value in values.items()),
+    ]
+    say(f"$ ldm {verb} {' '.join(arguments)}")
+    _, config = cli.parse_stage(verb, arguments)
+    return cli.stage_module(verb).run(config)
+
+
+def _train_first_stage(folder: Path, source: str) -> None:
+    target = folder / "autoencoder"
+    if (target / "config.json").exists():
+        say(f"{target} is there already")
+        return
+    training, held_out = _read_digits(source)
+    with Progress("first stage", 0, "steps") as progress:
+
+        def show(step: int, steps: int, loss: float) -> None:
+            progress.total = steps
+            progress.advance_to(step, f"loss {loss:.4f}")
+
+        # Written under another name first: a folder that is there is a first stage that is done.
+        report = train_autoencoder(
+            training, folder / "autoencoder.part", FirstStageConfig(), held_out=held_out, progress=show
+        )
+    os.replace(folder / "autoencoder.part", target)
+    say(f"first stage: {report['psnr']:.1f} dB PSNR on held-out digits, {report['seconds']:.0f} s")
+
+
+def _read_digits(source: str) -> tuple[Tensor, Tensor]:
+    """(training, held-out) pictures, uint8 (N, 3, 32, 32), split as every other stage splits them."""
+    pictures, ids = [], []
+    for url in storage.expand(source):
+        for item in ShardReader(url):
+            with contextlib.suppress(images.BadPicture):  # the two that are planted
+                pictures.append(images.decode(item.picture or b"", 32)[0])
+                ids.append(sample_id(storage.name(url).removesuffix(".tar"), item.key))
+    held_out = is_held_out(np.array(ids, np.int64), HOLDOUT)
+    stacked = np.stack(pictures)
+    return torch.from_numpy(stacked[~held_out]), torch.from_numpy(stacked[held_out])
+
+
+@contextlib.contextmanager
+def _first_grid(folder: Path, started: float) -> Iterator[dict[str, float]]:
+    """Samples a grid as soon as training has written its first snapshot: one can look while a model trains."""
+    target, found, stop = folder / "first-grid", {}, threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(1.0):
+            ready = sorted((folder / "run" / "snapshots").glob("*/snapshot.json"))
+            if ready:
+                report = _stage("sample", {"snapshot": str(ready[0].parent), "output": str(target)})
+                found["seconds"] = round(time.monotonic() - started, 1)
+                say(f"first samples, {found['seconds']:.0f} s after the start: {report.grid}")
+                return
+
+    thread = threading.Thread(target=watch, name="first-grid", daemon=True)
+    if not (target / "grid.png").exists():
+        thread.start()
+    try:
+        yield found
+    finally:
+        stop.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def _check_resume(folder: Path) -> bool:
+    """Trains a small model twice, once with a worker killed, and compares all of the resulting state."""
+    hashes = {}
+    for name in ("uninterrupted", "killed"):
+        output = f"{folder}/resume-check/{name}"
+        with _killer(output) if name == "killed" else contextlib.nullcontext():
+            _stage("train", {"latents": f"{folder}/latents", "output": output}, "demo-resume-check")
+        hashes[name] = _hash_state(output)
+    same = hashes["uninterrupted"] == hashes["killed"]
+    say(f"resumed == uninterrupted: {'yes' if same else 'NO'} (sha256 {hashes['killed'][:16]}…)")
+    if not same:
+        raise RuntimeError(f"the resumed run differs: sha256 {hashes['killed']} != {hashes['uninterrupted']}")
+    return same
+
+
+def _hash_state(output: str) -> str:
+    """sha256 over the last checkpoint's weights, moments and moving average, in the order of the names."""
+    checkpoint = newest_checkpoint(output)
+    assert checkpoint is not None
+    digest = hashlib.sha256()
+    for kind in ("master", "exp_avg", "exp_avg_sq", "ema.main"):
+        for name, tensor in sorted(read_full(checkpoint, kind).items()):
+            digest.update(f"{kind}/{name}".encode())
+            digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextlib.contextmanager
+def _killer(output: str) -> Iterator[None]:
+    """Kills one training worker with SIGKILL once there is a checkpoint to go on from."""
+    stop = threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(0.02):
+            if newest_checkpoint(output):
+                workers = [p for p in psutil.Process().children(recursive=True) if _is_training_worker(p)]
+                if workers:
+                    say(f"kill -9 {workers[-1].pid}  (a training worker)")
+                    os.kill(workers[-1].pid, signal.SIGKILL)
+                    return
+
+    thread = threading.Thread(target=kill, name="killer", daemon=True)
+    if newest_checkpoint(output) is None:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if thread.is_alive():
+            thread.join()
+
+
+def _is_training_worker(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()[0].startswith("ray::RayTrainWorker")
+    return False
+
+
+def _title(text: str) -> None:
+    say(f"\n{text}")
+
+
+def _closing_words(report: DemoReport, folder: Path, snapshot: str) -> None:
+    rates = ", ".join(f"{stage} {rate:,.0f}" for stage, rate in report.images_per_second.items())
+    say(f"\n{report.accounting}")
+    say(f"images/s           {rates}")
+    say(f"loss               {report.loss:.4f}")
+    for name, value in report.metrics.items():
+        if not isinstance(value, dict | list):
+            say(f"{name:<42} {value:.4g}" if isinstance(value, float) else f"{name:<42} {value}")
+    say(f"\nreal on top, sampled below: {report.grid}")
+    say(f"look at the runs:   mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
+    say(f"draw more digits:   ldm sample --config demo-sample snapshot={snapshot} labels=3")
+    say(f"it took {report.seconds:.0f} s")

@@ -1,0 +1,25 @@
+"""`ldm encode`, and `python -m jobs.encode` for `ray job submit`."""
+
+import sys
+
+from jobs.cli import main
+from ldm.config import Config
+from pipelines.encode import EncodeConfig as StageConfig
+from pipelines.encode import encode as run
+from pipelines.encode import plan
+
+__all__ = ["StageConfig", "dry_run", "run"]
+
+
+def dry_run(config: Config) -> str:
+    """Checks the request; returns what would be done."""
+    assert isinstance(config, StageConfig)
+    todo = plan(config)
+    return (
+        f"encode {len(todo.todo)} of {len(todo.urls)} shards ({todo.input_bytes / 1e6:.1f} MB), "
+        f"{len(todo.urls) - len(todo.todo)} are there already, into {config.destination}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(["encode", *sys.argv[1:]]))

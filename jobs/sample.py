@@ -1,0 +1,22 @@
+"""`ldm sample`, and `python -m jobs.sample` for `ray job submit`."""
+
+import sys
+
+from jobs.cli import main
+from ldm.config import Config
+from ldm.sampling import SampleConfig as StageConfig
+from ldm.sampling import check
+from ldm.sampling import sample as run
+
+__all__ = ["StageConfig", "dry_run", "run"]
+
+
+def dry_run(config: Config) -> str:
+    """Checks the request; returns what would be done."""
+    assert isinstance(config, StageConfig)
+    snapshot = check(config)
+    return f"sample {config.num_images} pictures from step {snapshot.step:,} of {config.snapshot} into {config.output}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(["sample", *sys.argv[1:]]))

@@ -1,0 +1,28 @@
+"""`ldm train`, and `python -m jobs.train` for `ray job submit`."""
+
+import sys
+
+from jobs.cli import main
+from ldm.config import Config
+from pipelines.train import TrainConfig as StageConfig
+from pipelines.train import plan
+from pipelines.train import train as run
+
+__all__ = ["StageConfig", "dry_run", "run"]
+
+
+def dry_run(config: Config) -> str:
+    """Checks the request; returns what would be done."""
+    assert isinstance(config, StageConfig)
+    todo = plan(config)
+    epochs = config.max_steps * config.global_batch_size / todo.num_samples
+    return (
+        f"train {todo.parameters / 1e6:.1f} M parameters on {todo.num_samples:,} samples "
+        f"(generation {todo.generation}) to step {config.max_steps:,} ({epochs:.1f} epochs), "
+        f"{config.num_workers} workers, ZeRO-{config.zero_stage}, {config.precision}, "
+        f"from {todo.checkpoint or 'fresh weights'}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,148 @@
+"""Input shards: WebDataset tars of pictures. A sample is the run of members that share a key."""
+
+import hashlib
+import io
+import json
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import BinaryIO, cast
+
+from ldm import storage
+from ldm.config import RequestError
+
+PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
+
+
+@dataclass
+class RawSample:
+    """One sample as it stands in the tar: its members by extension."""
+
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def picture(self) -> bytes | None:
+        return next((data for ext, data in self.members.items() if ext in PICTURE_EXTENSIONS), None)
+
+    @property
+    def label(self) -> int | None:
+        """The class of `.cls`. Raises ValueError where it is no number."""
+        text = self.members.get("cls")
+        return None if text is None else parse_label(text)
+
+    @property
+    def caption(self) -> str | None:
+        text = self.members.get("txt")
+        return None if text is None else text.decode("utf-8", "replace").strip()
+
+
+def parse_label(data: bytes) -> int:
+    """Class number of a `.cls` member. Raises ValueError."""
+    text = data.decode("ascii", "replace").strip()
+    if not text.isdigit():
+        raise ValueError(f"its .cls holds {text[:40]!r}, expected a class number from 0")
+    return int(text)
+
+
+class ShardReader:
+    """Reads one tar, local or remote, in order, and hashes all of its bytes on the way.
+
+    After the iteration `bytes_read` and `sha256` stand for the whole file. Raises tarfile.TarError (or OSError) where
+    the tar is damaged: what comes after the damage cannot be counted, so the shard is not to be committed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.bytes_read = 0
+        self.sha256 = ""
+
+    def __iter__(self) -> Iterator[RawSample]:
+        fs, path = storage.open_fs(self.url)
+        with fs.open(path, "rb") as raw:
+            hashed = _Hashed(raw)
+            with tarfile.open(fileobj=cast(BinaryIO, hashed), mode="r|") as tar:
+                yield from _group(tar)
+            hashed.drain()
+        self.bytes_read, self.sha256 = hashed.count, hashed.digest.hexdigest()
+
+
+def shard_names(urls: list[str]) -> dict[str, str]:
+    """Name of each output shard => its input URL. Raises RequestError where two inputs have one name."""
+    named: dict[str, str] = {}
+    for url in urls:
+        name = storage.name(url)
+        if not name.endswith(".tar"):
+            raise RequestError(f"source={url}: is no .tar; give WebDataset tars")
+        name = name.removesuffix(".tar")
+        if name in named:
+            raise RequestError(
+                f"source={url}: has the same name as {named[name]}; output shards are named after inputs, rename one"
+            )
+        named[name] = url
+    return named
+
+
+def write_shard(path: str, samples: list[RawSample]) -> None:
+    """Writes a WebDataset tar whose bytes depend on the samples alone."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for sample in samples:
+            for extension, data in sample.members.items():
+                info = tarfile.TarInfo(f"{sample.key}.{extension}")
+                info.size, info.mode = len(data), 0o644
+                tar.addfile(info, io.BytesIO(data))
+    storage.write_bytes(path, buffer.getvalue())
+
+
+def read_class_names(url: str) -> tuple[str, ...]:
+    """Class names by number, from a JSON list or a JSON object {"0": name, ...}. Raises RequestError."""
+    try:
+        names = json.loads(storage.read_bytes(url))
+        if isinstance(names, dict):
+            names = [names[str(number)] for number in range(len(names))]
+    except (OSError, ValueError, KeyError) as error:
+        raise RequestError(f"class_names={url}: cannot be read ({type(error).__name__}: {error})") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RequestError(f'class_names={url}: holds no list of names; give JSON such as ["apple", "pear"]')
+    return tuple(names)
+
+
+def _group(tar: tarfile.TarFile) -> Iterator[RawSample]:
+    current: RawSample | None = None
+    for member in tar:
+        if not member.isfile():
+            continue
+        # WebDataset's rule: the key ends at the first dot of the base name.
+        directory, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        key = f"{directory}/{stem}" if directory else stem
+        if not extension:
+            continue
+        handle = tar.extractfile(member)
+        assert handle is not None
+        data = handle.read()
+        if current is None or current.key != key:
+            if current is not None:
+                yield current
+            current = RawSample(key)
+        current.members[extension.lower()] = data
+    if current is not None:
+        yield current
+
+
+class _Hashed:
+    """A readable file that hashes what is read."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self.raw, self.count, self.digest = raw, 0, hashlib.sha256()
+
+    def read(self, size: int = -1) -> bytes:
+        data = self.raw.read(size)
+        self.count += len(data)
+        self.digest.update(data)
+        return data
+
+    def drain(self) -> None:
+        while self.read(1 << 20):
+            pass

@@ -1,0 +1,80 @@
+"""Image shards => the reference pictures, split as training split them."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm import images, shards
+from ldm.config import RequestError
+from ldm.latents.dataset import is_held_out
+from ldm.latents.writer import sample_id
+from ldm.snapshot import Snapshot
+from pipelines.progress import Progress, say
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """pixels: uint8 (N, 3, H, W). labels: int64 (N,), or None."""
+
+    pixels: Tensor
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def take(self, rows: Tensor) -> "Pictures":
+        """Those at `rows`: numbers, or a bool (N,)."""
+        return Pictures(self.pixels[rows], None if self.labels is None else self.labels[rows])
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the model was trained on, and what it never saw. skipped: samples that hold no readable picture."""
+
+    train: Pictures
+    holdout: Pictures
+    skipped: int
+
+
+def read_reference(urls: dict[str, str], snapshot: Snapshot, holdout: float, max_pictures: int) -> Reference:
+    """Reads shards (name => URL) in the order given, prepared as the snapshot's own pictures were.
+
+    A picture is held out by the hash of its id, as in training. Raises RequestError where there is none, or a
+    label that the model does not have.
+    """
+    rules = snapshot.fingerprint["pictures"]
+    pixels, labels, ids, skipped = [], [], [], 0
+    with Progress("evaluate: reading the reference", len(urls), "shards") as progress:
+        for name, url in urls.items():
+            for sample in shards.ShardReader(url):
+                if len(pixels) == max_pictures:
+                    break
+                try:
+                    label = sample.label
+                    decoded, _ = images.decode(sample.picture or b"", rules["size"], tuple(rules["background"]))
+                except (images.BadPicture, ValueError):  # ValueError: a label that is no number
+                    skipped += 1
+                    continue
+                pixels.append(decoded)
+                labels.append(-1 if label is None else label)
+                ids.append(sample_id(name, sample.key))
+            progress.advance(1, f"{len(pixels):,} pictures")
+    if not pixels:
+        raise RequestError(f"reference={next(iter(urls.values()))}: holds no readable picture; give image shards")
+    if len(pixels) == max_pictures:
+        say(f"evaluate: the first {max_pictures:,} reference pictures are used (max_reference)")
+    pictures = Pictures(torch.from_numpy(np.stack(pixels)), _checked_labels(labels, snapshot))
+    held_out = torch.from_numpy(is_held_out(np.array(ids, np.int64), holdout))
+    return Reference(pictures.take(~held_out), pictures.take(held_out), skipped)
+
+
+def _checked_labels(labels: list[int], snapshot: Snapshot) -> Tensor | None:
+    """int64 (N,); None for an unconditional model, or where a picture has no label."""
+    num_classes = snapshot.conditioning.num_classes
+    if num_classes == 0 or min(labels) < 0:
+        return None
+    if max(labels) >= num_classes:
+        raise RequestError(f"reference: holds the label {max(labels)}, but the model has classes 0 to {num_classes - 1}")
+    return torch.tensor(labels, dtype=torch.int64)

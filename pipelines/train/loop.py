@@ -1,0 +1,246 @@
+"""What a training worker does: batches by position, noise by sample, one ZeRO step, EMA, checkpoint, snapshot.
+
+Nothing random depends on rank, world or micro-batch: order, posterior, noise, timestep and dropped label of a sample
+are functions of (seed, epoch, sample id).
+"""
+
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ldm import random, storage
+from ldm.config import validate
+from ldm.denoiser import build_denoiser
+from ldm.diffusion import Diffusion
+from ldm.latents.dataset import LatentBatch, LatentDataset, draw_latents
+from ldm.snapshot import read_snapshot, write_snapshot
+from pipelines.tracking import PROGRESS_KEY, Tracker
+from pipelines.train import zero
+from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, prune, read_full, save_checkpoint
+from pipelines.train.config import TrainConfig
+from pipelines.train.ema import Ema, EmaProfile
+
+EMA_PROFILE = "main"
+
+
+def train_worker(job: dict[str, Any]) -> None:
+    """The function that Ray Train runs on each worker."""
+    import ray.train
+
+    context = ray.train.get_context()
+    # DeepSpeed guesses the local rank by host name, wrongly: it is told.
+    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = (
+        str(context.get_world_rank()),
+        str(context.get_world_size()),
+    )
+    os.environ["DS_ACCELERATOR"] = job["device"]
+    torch.set_num_threads(job["threads"])
+    config = validate(TrainConfig, job["config"])
+    board = job["board"] if context.get_world_rank() == 0 else None
+    run_id = job["run_id"]
+    tracking = config.tracking if board is not None else config.tracking.model_copy(update={"enabled": False})
+    with Tracker(tracking, "train", run_id=run_id, ends_run=False) as tracker:
+        result = Worker(config, job["generation"], tracker, board).run()
+    first_step = result.pop("first_step")
+    if board is not None:
+        ray.get(board.write.remote({"start": first_step, "step": result["step"], "note": "", "result": result}))
+
+
+@dataclass
+class _Window:
+    """What is averaged between two points of the log."""
+
+    loss: Tensor
+    steps: int = 0
+    skipped: int = 0
+    waited: float = 0.0
+    started: float = 0.0
+
+
+class Worker:
+    """One rank of a training run."""
+
+    def __init__(self, config: TrainConfig, generation: str, tracker: Tracker, board: Any) -> None:
+        self.config, self.tracker, self.board = config, tracker, board
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.share = config.global_batch_size // self.world
+        self.micro_batch = self.share if config.micro_batch_size == "auto" else int(config.micro_batch_size)
+        self.dataset = LatentDataset(
+            config.latents,
+            global_batch_size=config.global_batch_size,
+            seed=config.seed,
+            holdout=config.holdout,
+            generation=generation,
+        )
+        self.engine = self._build_engine()
+        self.device = self.engine.device
+        self.diffusion = Diffusion(config.diffusion, self.device)
+        self.ema = Ema(self.engine.state, [EmaProfile(EMA_PROFILE, config.ema.decay)])
+        self.checkpoint = newest_checkpoint(config.output)
+        progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, _all_gather) if self.checkpoint else {}
+        self.first_step = self.step = int(progress.get("step", 0))
+        self.loss = float(progress.get("loss", "nan"))
+        self.snapshot = ""
+
+    @property
+    def images_seen(self) -> int:
+        return self.step * self.config.global_batch_size
+
+    def run(self) -> dict[str, Any]:
+        """Trains from `first_step` to `max_steps`; returns the report's values."""
+        started = time.monotonic()
+        self._window = self._new_window()
+        self._show()
+        with ThreadPoolExecutor(1) as reader:  # reads one step ahead
+            upcoming = reader.submit(self._read, self.step)
+            while self.step < self.config.max_steps:
+                asked = time.monotonic()
+                batch = upcoming.result()
+                self._window.waited += time.monotonic() - asked
+                upcoming = reader.submit(self._read, self.step + 1)
+                self._train_step(batch)
+                self.step += 1
+                last = self.step == self.config.max_steps
+                if self.step % self.config.log_every == 0 or last:
+                    self._log()
+                if self.step % self.config.checkpoint_every == 0 or last:
+                    self._save()
+                self._show()
+        if self.step == self.first_step:  # nothing to do: the snapshot may be what the last run did not get to
+            self._write_snapshot()
+        images = (self.step - self.first_step) * self.config.global_batch_size
+        return {
+            "snapshot": self.snapshot,
+            "checkpoint": self.checkpoint,
+            "first_step": self.first_step,
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "loss": self.loss,
+            "images_per_second": round(images / (time.monotonic() - started), 2),
+        }
+
+    def _build_engine(self) -> zero.Engine:
+        config, dataset = self.config, self.dataset
+        denoiser = build_denoiser(
+            config.denoiser,
+            in_channels=dataset.latent_shape[0],
+            sample_size=dataset.latent_shape[1:],
+            num_classes=dataset.num_classes or None,
+            seed=config.seed,
+        )
+        if config.init_from:
+            weights = read_snapshot(config.init_from, "init_from").load_denoiser(denoiser_type=config.denoiser.type)
+            denoiser.load_state_dict(weights.state_dict())
+        settings = zero.deepspeed_config(
+            stage=config.zero_stage,
+            precision=config.precision,
+            global_batch_size=config.global_batch_size,
+            micro_batch_size=self.micro_batch,
+            world=self.world,
+            gradient_clipping=config.gradient_clip,
+        )
+        return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
+
+    def _read(self, step: int) -> LatentBatch:
+        return self.dataset.batch(step, self.rank, self.world)
+
+    def _train_step(self, batch: LatentBatch) -> None:
+        """One optimizer step: the rank's share in micro-batches."""
+        learning_rate = self._learning_rate()
+        applied = None
+        for first in range(0, self.share, self.micro_batch):
+            part = slice(first, first + self.micro_batch)
+            micro = LatentBatch(batch.moments[part], batch.labels[part], batch.ids[part], batch.epochs[part])
+            loss = self._loss(micro)
+            self.engine.backward(loss)
+            applied = self.engine.step(learning_rate)
+            self._window.loss += loss.detach() * (self.micro_batch / self.share)
+        assert applied is not None
+        if applied.applied:
+            self.ema.update()
+        self._window.skipped += not applied.applied
+        self._window.steps += 1
+
+    def _loss(self, batch: LatentBatch) -> Tensor:
+        """Mean loss of a micro-batch. What is random is keyed by (seed, epoch, sample id)."""
+        seed, ids, epochs = self.config.seed, batch.ids.to(self.device), batch.epochs.to(self.device)
+        latents = draw_latents(batch, self.dataset.statistics, seed, self.device)
+        noise = random.normal(seed, "noise", ids, epochs, tuple(latents.shape[1:]))
+        t = random.uniform_integers(seed, "timestep", ids, epochs, self.config.diffusion.num_train_timesteps)
+        labels = None
+        if self.dataset.num_classes:
+            dropped = random.uniform(seed, "label-dropout", ids, epochs) < self.config.denoiser.label_dropout
+            labels = torch.where(dropped, self.dataset.num_classes, batch.labels.to(self.device))
+        return self.diffusion.loss(self.engine, latents, noise, t, labels).mean()
+
+    def _learning_rate(self) -> float:
+        """Linear warm-up, counted in images, then constant."""
+        warm = (self.images_seen + self.config.global_batch_size) / max(1, self.config.warmup_images)
+        return self.config.learning_rate * min(1.0, warm)
+
+    def _new_window(self) -> _Window:
+        return _Window(loss=torch.zeros((), device=self.device), started=time.monotonic())
+
+    def _log(self) -> None:
+        """A point in MLflow: the mean loss over ranks and over the steps since the last point."""
+        window, self._window = self._window, self._new_window()
+        dist.all_reduce(window.loss)
+        self.loss = float(window.loss) / (window.steps * self.world)
+        seconds = max(1e-9, time.monotonic() - window.started)
+        self.tracker.log(
+            {
+                "train/loss": self.loss,
+                "train/learning_rate": self._learning_rate(),
+                "train/skipped_steps": window.skipped,
+                "perf/images_per_second": window.steps * self.config.global_batch_size / seconds,
+                "data/wait_share": window.waited / seconds,
+                PROGRESS_KEY: self.step,
+            },
+            self.images_seen,
+        )
+
+    def _save(self) -> None:
+        """Checkpoint on all ranks, then rank 0 writes the snapshot from its files."""
+        progress = {"step": self.step, "images_seen": self.images_seen, "loss": self.loss}
+        self.checkpoint = save_checkpoint(self.config.output, self.engine.state, self.ema, progress, _all_gather)
+        self._write_snapshot()
+        if self.rank == 0:
+            prune(self.config.output, self.config.keep_last)
+
+    def _write_snapshot(self) -> None:
+        assert self.checkpoint is not None
+        self.snapshot = storage.join(self.config.output, "snapshots", f"step-{self.step:010d}")
+        if self.rank != 0 or storage.exists(storage.join(self.snapshot, "snapshot.json")):
+            return
+        manifest = self.dataset.manifest
+        write_snapshot(
+            self.snapshot,
+            read_full(self.checkpoint, f"ema.{EMA_PROFILE}") | read_full(self.checkpoint, "buffer"),
+            denoiser_config=self.config.denoiser,
+            diffusion_config=self.config.diffusion,
+            statistics=manifest.statistics,
+            conditioning=manifest.conditioning,
+            latent_shape=self.dataset.latent_shape,
+            fingerprint=manifest.fingerprint,
+            step=self.step,
+            images_seen=self.images_seen,
+            autoencoder_url=storage.join(self.config.latents, "autoencoder"),
+        )
+
+    def _show(self) -> None:
+        if self.board is not None:
+            note = f"loss {self.loss:.4f}" if self.loss == self.loss else ""
+            self.board.write.remote({"start": self.first_step, "step": self.step, "note": note})
+
+
+def _all_gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values

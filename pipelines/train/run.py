@@ -1,0 +1,248 @@
+"""The driver's side of training: checks the request, claims the output, asks Ray Train for workers, shows progress."""
+
+import shutil
+import tempfile
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ldm import storage
+from ldm.config import RequestError, differences
+from ldm.denoiser import build_denoiser
+from ldm.latents.dataset import LatentDataset
+from ldm.latents.manifest import fingerprint_hash
+from ldm.snapshot import read_snapshot
+from pipelines import cluster
+from pipelines.progress import Progress, say
+from pipelines.tracking import Tracker
+from pipelines.train.checkpoint import newest_checkpoint
+from pipelines.train.config import TrainConfig, trajectory
+from pipelines.train.loop import train_worker
+
+RUN_FILE = "run.json"
+
+
+@dataclass(frozen=True)
+class TrainReport:
+    """What scripts may rely on. loss: mean over the last `log_every` steps."""
+
+    snapshot: str
+    checkpoint: str
+    step: int
+    images_seen: int
+    loss: float
+    images_per_second: float
+    run_id: str | None
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """What a run will do. generation: of the latent dataset, fixed for the whole run."""
+
+    generation: str
+    num_samples: int
+    parameters: int
+    checkpoint: str | None
+    record: dict[str, Any] | None  # of the run that goes on
+
+
+def plan(config: TrainConfig) -> TrainPlan:
+    """Checks the whole request without starting a worker. Raises RequestError."""
+    record = _read_record(config)
+    generation = record["generation"] if record else None
+    dataset = LatentDataset(
+        config.latents,
+        global_batch_size=config.global_batch_size,
+        holdout=config.holdout,
+        generation=generation,
+    )
+    _check_batch(config)
+    with torch.device("meta"):
+        denoiser = build_denoiser(
+            config.denoiser,
+            in_channels=dataset.latent_shape[0],
+            sample_size=dataset.latent_shape[1:],
+            num_classes=dataset.num_classes or None,
+        )
+    if config.init_from:
+        read_snapshot(config.init_from, "init_from")
+    checkpoint = newest_checkpoint(config.output)
+    if config.resume == "required" and checkpoint is None:
+        raise RequestError(f"resume=required: {config.output} holds no checkpoint; give resume=auto to begin")
+    if config.resume == "never" and (record or checkpoint):
+        raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    return TrainPlan(dataset.manifest.generation, dataset.num_samples, parameters, checkpoint, record)
+
+
+def train(config: TrainConfig) -> TrainReport:
+    """Trains to `max_steps`, from the newest checkpoint in `output` where there is one.
+
+    Raises RequestError; RuntimeError where the workers failed more than `max_failures` times.
+    """
+    todo = plan(config)
+    config = config.model_copy(
+        update={
+            "latents": storage.absolute(config.latents),
+            "output": storage.absolute(config.output),
+            "tracking": config.tracking.resolved(),
+        }
+    )
+    run_id = todo.record["run_id"] if todo.record else None
+    with (
+        Tracker(config.tracking, f"train/{storage.name(config.output)}", config, run_id) as tracker,
+        cluster.ray_session(),
+    ):
+        if todo.record is None:
+            _write_record(config, todo, tracker.run_id)
+            tracker.tag({"generation": todo.generation})
+        where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
+        say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {todo.num_samples:,} samples")
+        result = _run_workers(config, todo, tracker.run_id)
+    return TrainReport(**result, run_id=tracker.run_id)
+
+
+def _check_batch(config: TrainConfig) -> None:
+    if config.global_batch_size % config.num_workers:
+        raise RequestError(
+            f"global_batch_size={config.global_batch_size}: num_workers={config.num_workers} does not divide it; "
+            f"give {-(-config.global_batch_size // config.num_workers) * config.num_workers}"
+        )
+    share = config.global_batch_size // config.num_workers
+    if config.micro_batch_size != "auto" and share % config.micro_batch_size:
+        raise RequestError(
+            f"micro_batch_size={config.micro_batch_size}: does not divide a worker's share of {share} "
+            "(global_batch_size / num_workers)"
+        )
+
+
+def _read_record(config: TrainConfig) -> dict[str, Any] | None:
+    """What the run in `output` began with. Raises RequestError where this request would change what it learns."""
+    url = storage.join(config.output, RUN_FILE)
+    if not storage.exists(url):
+        return None
+    record: dict[str, Any] = storage.read_json(url)
+    changed = differences(record["trajectory"], trajectory(config))
+    if changed and config.resume != "never":
+        raise RequestError(
+            f"output={config.output}: holds a run with other settings ({'; '.join(changed)}); "
+            "give another output, or the settings that it began with"
+        )
+    return record
+
+
+def _write_record(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> None:
+    manifest = LatentDataset(config.latents, global_batch_size=1, generation=todo.generation).manifest
+    storage.write_json(
+        storage.join(config.output, RUN_FILE),
+        {
+            "format": "ldm-run",
+            "version": 1,
+            "trajectory": trajectory(config),
+            "generation": todo.generation,
+            "fingerprint": fingerprint_hash(manifest.fingerprint),
+            "accounting": asdict(manifest.accounting),
+            "run_id": run_id,
+        },
+    )
+
+
+def _run_workers(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> dict[str, Any]:
+    """Runs Ray Train in a thread, for its own Ctrl-C handler exits with 0, and shows what rank 0 reports."""
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    device = cluster.resolve_device(config.device)
+    resources, threads = cluster.resources_per_worker(config.num_workers, device)
+    board = ray.remote(Board).options(num_cpus=0).remote()
+    scratch, filesystem = _ray_storage(config.output)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": config.model_dump(mode="json"),
+            "generation": todo.generation,
+            "run_id": run_id,
+            "device": device,
+            "threads": threads,
+            "board": board,
+        },
+        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
+        scaling_config=ScalingConfig(
+            num_workers=config.num_workers, use_gpu=device == "cuda", resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f"train-{uuid.uuid4().hex[:8]}",
+            storage_path=scratch,
+            storage_filesystem=filesystem,
+            failure_config=FailureConfig(max_failures=config.max_failures),
+        ),
+    )
+    outcome: dict[str, Any] = {}
+
+    def fit() -> None:
+        try:
+            trainer.fit()
+        except Exception as error:  # handed to the main thread, below
+            outcome["error"] = error
+
+    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+    thread.start()
+    try:
+        _watch(thread, board, config.max_steps)
+    finally:
+        if storage.is_local(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+    if "error" in outcome:
+        text = [line for line in str(outcome["error"]).splitlines() if line.strip()]
+        raise RuntimeError(f"training failed: {text[-1].strip() if text else type(outcome['error']).__name__}")
+    status: dict[str, Any] = ray.get(board.read.remote())
+    return dict(status["result"])
+
+
+class Board:
+    """A Ray actor that holds what rank 0 last said; the driver reads it to show progress."""
+
+    def __init__(self) -> None:
+        self.status: dict[str, Any] = {}
+
+    def write(self, status: dict[str, Any]) -> None:
+        self.status = status
+
+    def read(self) -> dict[str, Any]:
+        return self.status
+
+
+def _watch(thread: threading.Thread, board: Any, max_steps: int) -> None:
+    import ray
+
+    progress, start = None, 0
+    while thread.is_alive():
+        status = ray.get(board.read.remote())
+        if status and (progress is None or status["start"] != start):
+            if progress is not None:
+                say(f"train: a worker was lost; goes on from step {status['start']}")
+            start = status["start"]
+            progress = Progress("train", max_steps, "steps", initial=start)
+        if status and progress is not None:
+            progress.advance_to(status["step"], status["note"])
+        time.sleep(0.25)
+    if progress is not None:
+        progress.__exit__(None, None, None)
+    thread.join()
+
+
+def _ray_storage(output: str) -> tuple[str, Any]:
+    """Where Ray Train keeps its own notes (metrics only, never weights)."""
+    if storage.is_local(output):
+        folder = storage.local_path(output)
+        folder.mkdir(parents=True, exist_ok=True)
+        return tempfile.mkdtemp(prefix=".ray-", dir=folder), None
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    fs, path = storage.open_fs(storage.join(output, ".ray"))
+    return path, PyFileSystem(FSSpecHandler(fs))

@@ -1,0 +1,328 @@
+"""DeepSpeed ZeRO 0-3 behind one small adapter: everything that DeepSpeed 0.19 does not publish stands here.
+
+Three things are not public: views of this rank's fp32 masters and Adam moments, the Adam step counter, and how a
+change of the masters reaches the next forward pass. A fresh run and a resumed one begin by the same path: the
+module's weights are loaded before `initialize`, which primes the lazy Adam state and sets its step to 0.
+
+"bf16" means fp32 masters, gradients and reductions, with the forward and backward passes under bf16 autocast.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm.config import RequestError
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
+
+STAGES = (0, 1, 2, 3)
+PRECISIONS = ("fp32", "bf16")
+_BUCKET = 50_000_000  # elements in a communication bucket: 200 MB
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A flat range of one parameter that this rank holds. The three tensors are live views: (count,) float32."""
+
+    name: str
+    start: int
+    count: int
+    shape: tuple[int, ...]  # of the whole parameter
+    master: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+    def narrow(self, start: int, count: int) -> Fragment:
+        """The part of this fragment at the parameter's flat range [start, start + count)."""
+        assert self.start <= start and start + count <= self.start + self.count, (self.name, start, count)
+        views = (t.narrow(0, start - self.start, count) for t in (self.master, self.exp_avg, self.exp_avg_sq))
+        return Fragment(self.name, start, count, self.shape, *views)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did. Gradients that are not finite skip the step on every rank."""
+
+    applied: bool
+    grad_norm: float  # L2 over all parameters, before clipping; inf or nan where the step was skipped
+
+
+def deepspeed_config(
+    *,
+    stage: int,
+    precision: str,
+    global_batch_size: int,
+    micro_batch_size: int,
+    world: int,
+    gradient_clipping: float = 1.0,
+) -> dict[str, Any]:
+    """DeepSpeed's configuration, with every setting written out whose default has changed between releases.
+
+    `gradient_clipping` is the largest L2 norm of all gradients together; 0 turns it off. Raises RequestError.
+    """
+    if stage not in STAGES:
+        raise RequestError(f"zero_stage={stage}: expected 0, 1, 2 or 3")
+    if precision not in PRECISIONS:
+        raise RequestError(f"precision={precision}: expected fp32 or bf16")
+    if micro_batch_size < 1 or global_batch_size % (micro_batch_size * world):
+        raise RequestError(
+            f"global_batch_size={global_batch_size}: expected a multiple of micro_batch_size x workers"
+            f" = {micro_batch_size} x {world}"
+        )
+    return {
+        "train_batch_size": global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": global_batch_size // (micro_batch_size * world),
+        "gradient_clipping": float(gradient_clipping),
+        "fp16": {"enabled": False},
+        "bf16": {"enabled": False, "check_grad_overflow": True},
+        # No "safe" modules: they would have their gradients reduced in bf16.
+        "torch_autocast": {
+            "enabled": precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],
+        },
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "communication_data_type": "fp32",
+        "prescale_gradients": False,
+        "gradient_predivide_factor": 1.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,
+            "overlap_comm": False,
+            "reduce_scatter": True,
+            "reduce_bucket_size": _BUCKET,
+            "allgather_bucket_size": _BUCKET,
+            "round_robin_gradients": False,
+            "parameter_alignment": False,
+            "stage3_prefetch_bucket_size": _BUCKET,
+            "stage3_param_persistence_threshold": 10_000,  # biases and norms stay whole
+        },
+    }
+
+
+def initialize(
+    module: nn.Module,
+    config: dict[str, Any],
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> Engine:
+    """Wraps `module`, whose weights are already loaded, with torch's own AdamW under `config`.
+
+    The process group exists, and LOCAL_RANK, RANK and WORLD_SIZE are set. Rank 0's weights are broadcast. Frozen
+    parameters become buffers of the same name: they are replicated, and no optimizer state belongs to them.
+    """
+    deepspeed = import_deepspeed()
+    _freeze(module)
+    wrong = [name for name, p in module.named_parameters() if p.dtype != torch.float32 or not p.is_contiguous()]
+    if wrong:
+        raise RequestError(f"denoiser: parameter {wrong[0]} is not float32 and contiguous, as masters must be")
+    persistent = set(module.state_dict()) - {name for name, _ in module.named_parameters()}
+    clip = config["gradient_clipping"]
+    stage = config["zero_optimization"]["stage"]
+    if stage == 0:  # DeepSpeed reports no norm at stage 0, and would step through a NaN: Engine.step clips itself
+        config = {**config, "gradient_clipping": 0.0}
+
+    def adamw(parameters: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay)
+
+    inner, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config)
+    return Engine(inner, clip, persistent)
+
+
+def all_gather(value: Any) -> list[Any]:
+    """The small values of all ranks, in the order of the ranks."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def import_deepspeed() -> Any:
+    """The package, kept from what would cost each worker seconds to minutes and serves nothing here."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    without_mlflow = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]  # its autotuner's
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        if without_mlflow:
+            del sys.modules["mlflow"]
+    # No probing of compilers; and where there is a compiler, no C++ built at run time (2 minutes on two cores).
+    deepspeed.ops.__compatible_ops__ = defaultdict(bool)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    return deepspeed
+
+
+class Engine:
+    """One rank's training engine: `loss = f(engine(...)); engine.backward(loss); engine.step(learning_rate)`."""
+
+    def __init__(self, inner: DeepSpeedEngine, gradient_clipping: float, persistent_buffers: set[str]) -> None:
+        self.inner = inner
+        self.module: nn.Module = inner.module
+        self.device: torch.device = torch.device(inner.device)
+        self.state = ShardedState(inner, persistent_buffers)
+        self._gradient_clipping = gradient_clipping
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward pass, under autocast where the precision is bf16."""
+        return self.inner(*args, **kwargs)
+
+    def backward(self, loss: Tensor) -> None:
+        """`loss` is the mean over this rank's micro-batch; the mean over micro-batches and ranks is taken here."""
+        self.inner.backward(loss)
+
+    def step(self, learning_rate: float) -> Step | None:
+        """Call once for each micro-batch. None inside an accumulation, else what the optimizer step did."""
+        for group in self.inner.basic_optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not self.inner.is_gradient_accumulation_boundary():
+            self.inner.step()
+            return None
+        if self.state.stage == 0:
+            return self._unsharded_step()
+        self.inner.step()
+        norm = self.inner.get_global_grad_norm()
+        assert norm is not None
+        return Step(applied=self.inner.was_step_applied(), grad_norm=float(norm))
+
+    def _unsharded_step(self) -> Step:
+        parameters = list(self.module.parameters())
+        norm = nn.utils.clip_grad_norm_(parameters, self._gradient_clipping or math.inf)
+        # Gradients are reduced already, so that every rank sees the same norm and decides alike.
+        applied = bool(torch.isfinite(norm))
+        if not applied:
+            self.module.zero_grad(set_to_none=True)  # AdamW leaves a parameter without gradient alone
+        self.inner.step()
+        return Step(applied=applied, grad_norm=float(norm))
+
+    def close(self) -> None:
+        """Frees DeepSpeed's hooks and buffers; another engine may then be made in this process."""
+        self.inner.destroy()
+
+
+class ShardedState:
+    """What a checkpoint holds of the training state, as live views of this rank's memory.
+
+    `fragments` are this rank's share: over all ranks they hold every element of every parameter once. `held` is all
+    that this rank holds and must load: the same, but whole parameters at stage 0. After writing into `held`, call
+    `publish`, a collective.
+    """
+
+    def __init__(self, inner: DeepSpeedEngine, persistent_buffers: set[str]) -> None:
+        self.stage = int(inner.zero_optimization_stage())
+        self.rank, self.world = int(inner.global_rank), int(inner.world_size)
+        self._inner = inner
+        self._adam: dict[Tensor, dict[str, Tensor]] = inner.basic_optimizer.state
+        names = {parameter: name for name, parameter in inner.module.named_parameters()}
+        self.shapes: dict[str, torch.Size] = {n: getattr(p, "ds_shape", p.shape) for p, n in names.items()}
+        self.held: list[Fragment] = list((_whole, _flat, _flat, _partitioned)[self.stage](inner, names, self._prime))
+        self.fragments: list[Fragment] = list(self._shares()) if self.stage == 0 else self.held
+        self.buffers: dict[str, Tensor] = {
+            name: buffer for name, buffer in inner.module.named_buffers() if name in persistent_buffers
+        }
+        self.optimizer_step = 0
+
+    @property
+    def optimizer_step(self) -> int:
+        """Adam's own counter t: the number of steps that it has taken."""
+        return int(next(iter(self._adam.values()))["step"].item())
+
+    @optimizer_step.setter
+    def optimizer_step(self, step: int) -> None:
+        for state in self._adam.values():
+            state["step"].fill_(step)
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Makes the next forward pass use the masters. Collective: call it on every rank."""
+        optimizer = self._inner.optimizer
+        if self.stage in (1, 2):
+            optimizer.update_lp_params()
+        elif self.stage == 3:
+            optimizer._partition_all_parameters()
+            for group in range(len(optimizer.fp16_groups)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+
+    def _prime(self, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Makes the lazy Adam state of `master` by one step at learning rate 0 on zero gradients: no weight moves."""
+        master.grad = torch.zeros_like(master)
+        primer = torch.optim.AdamW([master], lr=0.0)
+        primer.step()
+        master.grad = None
+        state = self._adam[master] = primer.state[master]
+        return master.detach().view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+
+    def _shares(self) -> Iterator[Fragment]:
+        for whole in self.held:
+            first, last = (whole.count * r // self.world for r in (self.rank, self.rank + 1))
+            if first < last:
+                yield whole.narrow(first, last - first)
+
+
+_Prime = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def _whole(inner: DeepSpeedEngine, names: dict[Tensor, str], prime: _Prime) -> Iterator[Fragment]:
+    """Stage 0: every rank holds every parameter."""
+    for parameter, name in names.items():
+        yield Fragment(name, 0, parameter.numel(), tuple(parameter.shape), *prime(parameter))
+
+
+def _flat(inner: DeepSpeedEngine, names: dict[Tensor, str], prime: _Prime) -> Iterator[Fragment]:
+    """Stages 1 and 2: each parameter group is one flat buffer, cut into equal parts; a part is a rank's master."""
+    optimizer = inner.optimizer
+    for group, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        views = prime(flat)
+        for parameter in group:
+            mapping = parameter._hp_mapping  # None where no element lies in this rank's part
+            if mapping is not None:
+                here, there = mapping.get_hp_fragment_address(), mapping.lp_fragment_address
+                assert here.numel == there.numel
+                parts = (view.narrow(0, here.start, here.numel) for view in views)
+                yield Fragment(names[parameter], there.start, there.numel, tuple(parameter.shape), *parts)
+
+
+def _partitioned(inner: DeepSpeedEngine, names: dict[Tensor, str], prime: _Prime) -> Iterator[Fragment]:
+    """Stage 3: each parameter is cut into equal parts, the last ones padded; the parts lie in flat sub-groups."""
+    optimizer = inner.optimizer
+    for group, flat in zip(optimizer.fp16_groups, optimizer.fp32_partitioned_groups_flat, strict=True):
+        views = prime(flat)
+        for parameter in group:
+            _, offset, padded = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            start = inner.global_rank * padded
+            count = min(padded, parameter.ds_numel - start)
+            for view in views:  # DeepSpeed leaves the padding uninitialised
+                view.narrow(0, offset + max(count, 0), padded - max(count, 0)).zero_()
+            if count > 0:
+                parts = (view.narrow(0, offset, count) for view in views)
+                yield Fragment(names[parameter], start, count, tuple(parameter.ds_shape), *parts)
+
+
+def _freeze(module: nn.Module) -> None:
+    """Frozen parameters => buffers of the same name."""
+    for owner in module.modules():
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if not parameter.requires_grad:
+                del owner._parameters[name]
+                owner.register_buffer(name, parameter.data)

@@ -1,0 +1,115 @@
+"""Small made inputs: pictures, image shards, a random autoencoder, latent datasets."""
+
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ldm.autoencoder import Autoencoder
+from ldm.latents.manifest import ShardReceipt, commit_generation, fingerprint_hash, make_fingerprint
+from ldm.latents.writer import ShardWriter
+from ldm.shards import RawSample, write_shard
+
+
+def picture(number: int, width: int = 20, height: int = 16) -> Image.Image:
+    """A smooth RGB picture of its own for each number."""
+    y, x = np.mgrid[0:height, 0:width] / max(width, height)
+    waves = [np.sin(2 * np.pi * (x * (1 + number % 3) + y * (1 + c) + number / 7 + c / 3)) for c in range(3)]
+    return Image.fromarray((127.5 + 120 * np.stack(waves, axis=-1)).astype(np.uint8))
+
+
+def encoded(image: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=form, **options)
+    return buffer.getvalue()
+
+
+def samples(count: int, start: int = 0, classes: int = 3) -> list[RawSample]:
+    """Labelled pictures with captions; keys `00000`, `00001`, ..."""
+    return [
+        RawSample(
+            f"{n:05d}",
+            {"png": encoded(picture(n)), "cls": str(n % classes).encode(), "txt": f"picture {n}".encode()},
+        )
+        for n in range(start, start + count)
+    ]
+
+
+def image_shard(path: Path, content: list[RawSample]) -> str:
+    write_shard(str(path), content)
+    return str(path)
+
+
+def kl_model(seed: int = 0, latent_channels: int = 4) -> torch.nn.Module:
+    """A random AutoencoderKL, factor 2, of 40,000 weights."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return diffusers.AutoencoderKL(
+            block_out_channels=(8, 16),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+            latent_channels=latent_channels,
+            sample_size=16,
+        )
+
+
+def tiny_model(seed: int = 0) -> torch.nn.Module:
+    """A random AutoencoderTiny, factor 4, deterministic."""
+    import diffusers
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(1, 1, 1),
+            num_decoder_blocks=(1, 1, 1),
+        )
+
+
+def records(count: int, seed: int = 0, shape: tuple[int, ...] = (8, 2, 2)) -> np.ndarray:
+    """Random fp16 moments (count, 2C, h, w) with log variances around -2."""
+    values = np.random.default_rng(seed).normal(size=(count, *shape))
+    values[:, shape[0] // 2 :] -= 2
+    return values.astype(np.float16)
+
+
+def write_latent_shard(
+    url: str,
+    name: str,
+    moments: np.ndarray,
+    *,
+    fingerprint: str,
+    keys: Sequence[str] | None = None,
+    classes: int = 3,
+    quarantined: int = 0,
+    channels: int = 4,
+) -> ShardReceipt:
+    keys = keys or [f"{n:05d}" for n in range(len(moments))]
+    with ShardWriter(url, name, fingerprint, channels) as writer:
+        for number, (key, record) in enumerate(zip(keys, moments, strict=True)):
+            label = number % classes if classes else None
+            writer.add(key, record, label=label, caption=f"caption {number}", width=20, height=16)
+        for number in range(quarantined):
+            writer.quarantine(f"bad-{number}", "planted")
+        return writer.commit(1000, "0" * 64)
+
+
+def latent_dataset(
+    url: str, autoencoder: Autoencoder, counts: Sequence[int] = (7, 13, 5), **options: Any
+) -> tuple[str, dict[str, np.ndarray]]:
+    """A committed latent dataset of random moments. Returns (generation, moments by shard name)."""
+    fingerprint = make_fingerprint(autoencoder, 4, (255, 255, 255), "moments", "float32")
+    content = {f"shard-{i}": records(count, seed=i) for i, count in enumerate(counts)}
+    receipts = [
+        write_latent_shard(url, name, moments, fingerprint=fingerprint_hash(fingerprint), **options)
+        for name, moments in content.items()
+    ]
+    return commit_generation(url, receipts, fingerprint, autoencoder), content

@@ -1,0 +1,49 @@
+"""A whole snapshot with random weights, small enough to sample from in a moment: 32 px, latents (4, 4, 4)."""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+
+from ldm.autoencoder import load_autoencoder
+from ldm.denoiser import DenoiserConfig, build_denoiser
+from ldm.diffusion import DiffusionConfig
+from ldm.latents.manifest import Conditioning, Statistics, make_fingerprint
+from ldm.snapshot import write_snapshot
+
+NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+DIGITS = Conditioning("class", 10, NAMES)
+
+
+def write_tiny_snapshot(url: Path, conditioning: Conditioning = DIGITS, seed: int = 0) -> str:
+    """Writes it and returns its path. The denoiser's weights are all random: a fresh DiT would answer 0."""
+    torch.manual_seed(seed)
+    autoencoder_url = str(url.parent / f"{url.name}-autoencoder")
+    AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=32,
+    ).save_pretrained(autoencoder_url)
+    config = DenoiserConfig(hidden_size=32, depth=1, num_heads=2, patch_size=2)
+    num_classes = conditioning.num_classes or None
+    denoiser = build_denoiser(config, in_channels=4, sample_size=(4, 4), num_classes=num_classes)
+    for parameter in denoiser.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    write_snapshot(
+        str(url),
+        denoiser.state_dict(),
+        denoiser_config=config,
+        diffusion_config=DiffusionConfig(),
+        statistics=Statistics((0.1, 0.0, -0.1, 0.2), (1.0, 0.9, 1.1, 1.0)),
+        conditioning=conditioning,
+        latent_shape=(4, 4, 4),
+        fingerprint=make_fingerprint(load_autoencoder(autoencoder_url), 32, (255, 255, 255), "moments", "float32"),
+        step=30,
+        images_seen=960,
+        autoencoder_url=autoencoder_url,
+    )
+    return str(url)
