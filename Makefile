@@ -46,7 +46,7 @@ test-install: wheel  ## install the wheel with all its dependencies into an empt
 	rm -rf build/empty && $(PYTHON) -m venv build/empty
 	build/empty/bin/pip install dist/*.whl -c constraints.txt
 	cd build/empty && env -u PYTHONPATH bin/ldm --help
-	cd build/empty && env -u PYTHONPATH bin/ldm encode --print-config
+	cd build/empty && env -u PYTHONPATH bin/ldm encode --print-config source=a.tar destination=latents autoencoder=vae
 
 lint: venv  ## ruff (rules and format) and mypy
 	$(BIN)/ruff check .

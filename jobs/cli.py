@@ -78,7 +78,8 @@ def _run(arguments: list[str]) -> int:
         return DONE
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the report alone
         report = stage.run(config)
-    show_report(report, options.json)
+    if report is not None:  # `serve` ends without one
+        show_report(report, options.json)
     return int(getattr(report, "exit_code", DONE))
 
 

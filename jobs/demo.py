@@ -19,7 +19,7 @@ from torch import Tensor
 
 from jobs import cli
 from ldm import images, storage
-from ldm.config import Config, RequestError
+from ldm.config import Config, RequestError, load_yaml, parse
 from ldm.digits import write_digit_shards
 from ldm.first_stage import FirstStageConfig, train_autoencoder
 from ldm.latents.dataset import is_held_out
@@ -126,6 +126,7 @@ def _train_first_stage(folder: Path, source: str) -> None:
         say(f"{target} is there already")
         return
     training, held_out = _read_digits(source)
+    config = parse(FirstStageConfig, [("demo-first-stage", load_yaml(cli.find_config("demo-first-stage")))])
     with Progress("first stage", 0, "steps") as progress:
 
         def show(step: int, steps: int, loss: float) -> None:
@@ -134,7 +135,7 @@ def _train_first_stage(folder: Path, source: str) -> None:
 
         # Written under another name first: a folder that is there is a first stage that is done.
         report = train_autoencoder(
-            training, folder / "autoencoder.part", FirstStageConfig(), held_out=held_out, progress=show
+            training, folder / "autoencoder.part", config, held_out=held_out, progress=show
         )
     os.replace(folder / "autoencoder.part", target)
     say(f"first stage: {report['psnr']:.1f} dB PSNR on held-out digits, {report['seconds']:.0f} s")

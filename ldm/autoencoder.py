@@ -112,10 +112,18 @@ def _load_folder(folder: Path, url: str, device: str, precision: Precision) -> A
     import diffusers
 
     diffusers.utils.logging.set_verbosity_error()  # it warns of keys that its own classes write
-    name = _check_class(url, storage.read_json(str(folder / "config.json")))
+    try:
+        config = storage.read_json(str(folder / FILES[0]))
+    except ValueError as error:
+        raise RequestError(f"autoencoder={error}") from None
+    name = _check_class(url, config)
     if not (folder / FILES[1]).exists():
         raise RequestError(f"autoencoder={url}: holds no {FILES[1]}; only safetensors weights are loaded")
-    model = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    try:
+        model = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
+    except (OSError, RuntimeError, TypeError, ValueError) as error:  # a damaged file, or that of another config
+        text = " ".join(str(error).split())[:160]
+        raise RequestError(f"autoencoder={url}: its weights cannot be loaded ({text})") from None
     return Autoencoder(model.to(device), precision)
 
 

@@ -1,8 +1,8 @@
 """A first stage of one's own: a small AutoencoderKL (diffusers) trained on raw pictures, in minutes on a CPU.
 
 It serves data that is far from photographs, where a pretrained autoencoder has nothing to say: the digits of
-the demonstration. The losses are those of Rombach et al. 2022, appendix G, less the adversarial and perceptual
-terms.
+the demonstration. The losses are those of Rombach et al. 2022, appendix G, less the adversarial and
+perceptual terms.
 
     train_autoencoder   raw pictures => a folder that diffusers and `ldm encode` read
     measure             what an autoencoder keeps of pictures that it has not seen
@@ -13,7 +13,7 @@ terms.
 from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 
 from ldm import random
 from ldm.config import Config
+
+if TYPE_CHECKING:  # slow to import, and needed only where a first stage is trained
+    from diffusers import AutoencoderKL
 
 
 class FirstStageConfig(Config):
@@ -54,7 +57,7 @@ def train_autoencoder(
     given) and {pictures, steps, seconds}.
     """
     started = monotonic()
-    model = _new_autoencoder(config, pictures.shape[-1]).train().to(memory_format=torch.channels_last)  # 20% faster
+    model = _new_autoencoder(config, pictures.shape[-1]).train()
     optimizer = torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=1e-4)
     batch_size = min(config.batch_size, len(pictures))
     steps_per_epoch = len(pictures) // batch_size
@@ -72,7 +75,7 @@ def train_autoencoder(
             optimizer.step()
             schedule.step()
             if progress is not None:
-                progress(epoch * steps_per_epoch + i + 1, steps, float(loss))
+                progress(epoch * steps_per_epoch + i + 1, steps, loss.item())
     report = measure(model.eval(), pictures if held_out is None else held_out)
     # What diffusers' own pipelines multiply latents with; `ldm` keeps statistics for each channel instead.
     model.register_to_config(scaling_factor=1 / report["latent_rms"])
@@ -81,7 +84,7 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def measure(model: nn.Module, pictures: Tensor, batch_size: int = 64) -> dict[str, Any]:
+def measure(model: "AutoencoderKL", pictures: Tensor, batch_size: int = 64) -> dict[str, Any]:
     """What an AutoencoderKL keeps of pictures uint8 (N, 3, H, W).
 
     Returns {psnr: dB, of decoded posterior means, the mean over pictures; kl: nats per latent number;
@@ -105,13 +108,13 @@ def measure(model: nn.Module, pictures: Tensor, batch_size: int = 64) -> dict[st
     }
 
 
-def _new_autoencoder(config: FirstStageConfig, picture_size: int) -> nn.Module:
-    from diffusers import AutoencoderKL  # slow to import, and needed only where a first stage is trained
+def _new_autoencoder(config: FirstStageConfig, picture_size: int) -> "AutoencoderKL":
+    from diffusers import AutoencoderKL
 
     blocks = len(config.block_out_channels)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return AutoencoderKL(
+        model = AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * blocks,
             up_block_types=("UpDecoderBlock2D",) * blocks,
             block_out_channels=config.block_out_channels,
@@ -120,9 +123,10 @@ def _new_autoencoder(config: FirstStageConfig, picture_size: int) -> nn.Module:
             norm_num_groups=min(8, min(config.block_out_channels) // 2),
             sample_size=picture_size,
         )
+    return model.to(memory_format=torch.channels_last)  # a fifth faster on a CPU
 
 
-def _loss(model: nn.Module, inputs: Tensor, ids: Tensor, epoch: int, config: FirstStageConfig) -> Tensor:
+def _loss(model: "AutoencoderKL", inputs: Tensor, ids: Tensor, epoch: int, config: FirstStageConfig) -> Tensor:
     mean, logvar = _posterior(model, inputs)
     noise = random.normal(config.seed, "first-stage-posterior", ids, epoch, tuple(mean.shape[1:]))
     decoded = model.decode(mean + noise * (logvar / 2).exp()).sample
@@ -130,7 +134,7 @@ def _loss(model: nn.Module, inputs: Tensor, ids: Tensor, epoch: int, config: Fir
     return reconstruction + config.kl_weight * _kl(mean, logvar).mean()
 
 
-def _posterior(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+def _posterior(model: "AutoencoderKL", inputs: Tensor) -> tuple[Tensor, Tensor]:
     """Pixels in [-1, 1] (N, 3, H, W) => mean and logvar, (N, C, h, w) each."""
     posterior = model.encode(inputs).latent_dist
     return posterior.mean, posterior.logvar

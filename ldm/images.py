@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 PICTURE_RULES = {
     "version": 1,
@@ -47,6 +47,8 @@ def decode(
     except BadPicture:
         raise
     except Exception as error:  # a malformed picture makes Pillow raise nearly anything; the message is kept
+        if isinstance(error, UnidentifiedImageError):  # its text names a place in memory
+            raise BadPicture("is no picture that Pillow knows") from None
         text = " ".join(str(error).split())[:200]
         raise BadPicture(f"{type(error).__name__}: {text}") from None
     return np.ascontiguousarray(pixels.transpose(2, 0, 1)), original  # (H, W, 3) => (3, H, W)
@@ -66,11 +68,10 @@ def _resize_and_crop(image: Image.Image, size: int) -> Image.Image:
     """Short side to `size`, then the centre square."""
     if image.size == (size, size):
         return image
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    return image.crop((left, top, left + size, top + size))
+    # The box is cut out while resizing: the whole of a very long picture would not fit into memory.
+    side = min(image.size)
+    left, top = (image.width - side) / 2, (image.height - side) / 2
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
 
 
 def to_png(pixels: npt.NDArray[np.uint8]) -> bytes:

@@ -35,9 +35,7 @@ def frechet_distance(features_a: Tensor, features_b: Tensor) -> float:
     return frechet_distance_of_gaussians(*gaussian_statistics(features_a), *gaussian_statistics(features_b))
 
 
-def frechet_distance_of_gaussians(
-    mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor
-) -> float:
+def frechet_distance_of_gaussians(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:
     """|m_a - m_b|² + tr(A + B - 2 (A B)^½) for means (D,) and covariances (D, D).
 
     tr (A B)^½ is the sum of the singular values of A^½ B^½: real and never negative, also for singular

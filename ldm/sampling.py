@@ -43,7 +43,12 @@ class SampleConfig(Config):
     @field_validator("labels", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
-        return tuple(value.split(",")) if isinstance(value, str) else value
+        """`apple,3`, 3 and [apple, 3] are all read."""
+        if isinstance(value, str):
+            value = [label.strip() for label in value.split(",")]
+        elif isinstance(value, int):
+            value = [value]
+        return tuple(str(label) for label in value) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,7 @@ def sample(config: SampleConfig) -> SampleReport:
 def _class_number(label: str, conditioning: Conditioning) -> int:
     if label in conditioning.names:
         return conditioning.names.index(label)
-    if label.isdigit() and int(label) < conditioning.num_classes:
+    if label.isdecimal() and int(label) < conditioning.num_classes:
         return int(label)
     known = f"0 to {conditioning.num_classes - 1}" + (
         f", or {', '.join(conditioning.names)}"[:200] if conditioning.names else ""

@@ -11,6 +11,8 @@ from typing import BinaryIO, cast
 from ldm import storage
 from ldm.config import RequestError
 
+MAX_LABEL = 999_999
+"""A larger class number is a mistake in the data: each class up to the largest gets a row of weights."""
 PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 
 
@@ -40,8 +42,8 @@ class RawSample:
 def parse_label(data: bytes) -> int:
     """Class number of a `.cls` member. Raises ValueError."""
     text = data.decode("ascii", "replace").strip()
-    if not text.isdigit():
-        raise ValueError(f"its .cls holds {text[:40]!r}, expected a class number from 0")
+    if not text.isdigit() or len(text) > 9 or int(text) > MAX_LABEL:
+        raise ValueError(f"its .cls holds {text[:40]!r}, expected a class number from 0 to {MAX_LABEL}")
     return int(text)
 
 
@@ -61,9 +63,12 @@ class ShardReader:
         fs, path = storage.open_fs(self.url)
         with fs.open(path, "rb") as raw:
             hashed = _Hashed(raw)
-            with tarfile.open(fileobj=cast(BinaryIO, hashed), mode="r|") as tar:
+            file = cast(BinaryIO, hashed)
+            with tarfile.open(fileobj=file, mode="r|", ignore_zeros=True, tarinfo=_StrictTarInfo) as tar:
                 yield from _group(tar)
             hashed.drain()
+        if hashed.tail.strip(b"\0"):
+            raise tarfile.ReadError("its end marker is missing, so it was cut off")
         self.bytes_read, self.sha256 = hashed.count, hashed.digest.hexdigest()
 
 
@@ -116,13 +121,15 @@ def _group(tar: tarfile.TarFile) -> Iterator[RawSample]:
         # WebDataset's rule: the key ends at the first dot of the base name.
         directory, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
-        key = f"{directory}/{stem}" if directory else stem
-        if not extension:
+        if not stem or not extension:
             continue
+        key = f"{directory}/{stem}" if directory else stem
+        # Names need not be UTF-8; keys are.
+        key = key.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
         handle = tar.extractfile(member)
         assert handle is not None
         data = handle.read()
-        if current is None or current.key != key:
+        if current is None or current.key != key or extension.lower() in current.members:
             if current is not None:
                 yield current
             current = RawSample(key)
@@ -131,16 +138,30 @@ def _group(tar: tarfile.TarFile) -> Iterator[RawSample]:
         yield current
 
 
+class _StrictTarInfo(tarfile.TarInfo):
+    """Refuses what tarfile takes for the end of the tar: a damaged header, or a part of one."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictTarInfo":
+        try:
+            return super().frombuf(buf, encoding, errors)
+        except tarfile.HeaderError as error:
+            if buf.strip(b"\0"):
+                raise tarfile.ReadError(f"damaged header ({error})") from None
+            raise  # zeros, or the end of the file: as tarfile has it
+
+
 class _Hashed:
-    """A readable file that hashes what is read."""
+    """A readable file that hashes what is read, and keeps the last block."""
 
     def __init__(self, raw: BinaryIO) -> None:
-        self.raw, self.count, self.digest = raw, 0, hashlib.sha256()
+        self.raw, self.count, self.digest, self.tail = raw, 0, hashlib.sha256(), b""
 
     def read(self, size: int = -1) -> bytes:
         data = self.raw.read(size)
         self.count += len(data)
         self.digest.update(data)
+        self.tail = (self.tail + data[-tarfile.BLOCKSIZE :])[-tarfile.BLOCKSIZE :]
         return data
 
     def drain(self) -> None:

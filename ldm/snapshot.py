@@ -146,8 +146,6 @@ def copy_autoencoder(source: str, target: str) -> None:
     """Copies a diffusers folder; on one local disk by hard links, for every snapshot of a run holds the same one."""
     for file in FILES:
         origin, copy = storage.join(source, file), storage.join(target, file)
-        if storage.exists(copy):
-            continue
         with tempfile.TemporaryDirectory() as folder:
             temporary = storage.temporary_beside(copy) if storage.is_local(copy) else Path(folder) / file
             if storage.is_local(origin):
@@ -158,3 +156,4 @@ def copy_autoencoder(source: str, target: str) -> None:
             else:
                 storage.fetch(origin, temporary)
             storage.commit_file(temporary, copy)
+            temporary.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing

@@ -14,7 +14,11 @@ import psutil
 
 from ldm.config import RequestError
 
-DEVICES = ("auto", "cpu", "cuda")
+# What Ray prints on the driver's stdout beside our own line for the same event; read when ray is imported.
+os.environ.setdefault(
+    "RAY_DEDUP_LOGS_SKIP_REGEX",
+    r"ServeController\.graceful_shutdown failed|A worker died or was killed while executing a task",
+)
 
 
 @contextlib.contextmanager

@@ -64,7 +64,8 @@ class Tracker:
         self.run_id, self.ends_run = run_id, ends_run
         self._queue: queue.Queue[Any] = queue.Queue()
         self._thread: threading.Thread | None = None
-        self._logged_up_to = -1
+        self._goes_on = run_id is not None
+        self._held: dict[str, int] = {}
         self._lost: list[str] = []
 
     def __enter__(self) -> "Tracker":
@@ -78,8 +79,6 @@ class Tracker:
             self.run_id = self._create_run()
         else:
             self._client.update_run(self.run_id, status="RUNNING")
-            history = self._client.get_metric_history(self.run_id, PROGRESS_KEY)
-            self._logged_up_to = max((point.step for point in history), default=-1)
         self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
         self._thread.start()
         return self
@@ -99,19 +98,16 @@ class Tracker:
 
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
         """Metrics at a number of images seen; what the run already holds from before a restart is left out."""
-        if images_seen <= self._logged_up_to or not self.config.enabled:
-            return
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        points = [Metric(key, float(value), now, images_seen) for key, value in metrics.items()]
-        self._put(lambda: self._client.log_batch(self.run_id, metrics=points))
+        values, now = {key: float(value) for key, value in metrics.items()}, int(time.time() * 1000)
+        self._put(lambda: self._log(values, images_seen, now))
 
     def tag(self, tags: dict[str, str]) -> None:
-        from mlflow.entities import RunTag
+        def write() -> None:
+            from mlflow.entities import RunTag
 
-        entries = [RunTag(key, str(value)) for key, value in tags.items()]
-        self._put(lambda: self._client.log_batch(self.run_id, tags=entries))
+            self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
+
+        self._put(write)
 
     def image(self, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """One picture, uint8 (3, H, W), as the artifact `name` (a .png)."""
@@ -121,6 +117,23 @@ class Tracker:
     def document(self, name: str, value: Any) -> None:
         """A JSON document as the artifact `name`."""
         self._put(lambda: self._client.log_dict(self.run_id, value, name))
+
+    def _log(self, metrics: dict[str, float], images_seen: int, milliseconds: int) -> None:
+        from mlflow.entities import Metric
+
+        new = {key: value for key, value in metrics.items() if images_seen > self._last_held(key)}
+        points = [Metric(key, value, milliseconds, images_seen) for key, value in new.items()]
+        if points:
+            self._client.log_batch(self.run_id, metrics=points)
+
+    def _last_held(self, key: str) -> int:
+        """The last step of `key` that the run held when this tracker first wrote to it; -1 where there is none."""
+        if not self._goes_on:
+            return -1
+        if key not in self._held:
+            history = self._client.get_metric_history(self.run_id, key)
+            self._held[key] = max((point.step for point in history), default=-1)
+        return self._held[key]
 
     def _put(self, write: Callable[[], Any]) -> None:
         if self.config.enabled:
@@ -174,9 +187,9 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _git_commit() -> str:
     """Of the folder that the program is run in, or nothing where that is no git checkout."""
-    with contextlib.suppress(OSError):
-        import subprocess
+    import subprocess
 
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         command = ["git", "rev-parse", "HEAD"]
         found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
         return found.stdout.strip() if found.returncode == 0 else ""

@@ -20,20 +20,25 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def ray_session() -> Iterator[None]:
-    """One local Ray with 4 logical CPUs for all tests that are marked `ray`; begun at the first use."""
+def ray_session(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One local Ray with 4 logical CPUs for all tests that are marked `ray`; begun at the first use.
+
+    It begins after the S3 server, so that its workers know where that is.
+    """
     import ray
 
-    ray.init(
-        address="local",
-        num_cpus=4,
-        object_store_memory=512 * 2**20,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        ray.init(
+            address="local",
+            num_cpus=4,
+            object_store_memory=512 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+        )
+        yield
+        ray.shutdown()
 
 
 def _free_port() -> int:

@@ -1,4 +1,4 @@
-"""Small made inputs: pictures, image shards, a random autoencoder, latent datasets."""
+"""Small made inputs: pictures, image shards, random models, latent datasets, snapshots."""
 
 import io
 from collections.abc import Sequence
@@ -10,9 +10,19 @@ import torch
 from PIL import Image
 
 from ldm.autoencoder import Autoencoder
-from ldm.latents.manifest import ShardReceipt, commit_generation, fingerprint_hash, make_fingerprint
+from ldm.denoiser import DenoiserConfig, build_denoiser
+from ldm.diffusion import DiffusionConfig
+from ldm.latents.manifest import (
+    Conditioning,
+    ShardReceipt,
+    Statistics,
+    commit_generation,
+    fingerprint_hash,
+    make_fingerprint,
+)
 from ldm.latents.writer import ShardWriter
 from ldm.shards import RawSample, write_shard
+from ldm.snapshot import write_snapshot
 
 
 def picture(number: int, width: int = 20, height: int = 16) -> Image.Image:
@@ -39,7 +49,7 @@ def samples(count: int, start: int = 0, classes: int = 3) -> list[RawSample]:
     ]
 
 
-def image_shard(path: Path, content: list[RawSample]) -> str:
+def image_shard(path: Path | str, content: list[RawSample]) -> str:
     write_shard(str(path), content)
     return str(path)
 
@@ -113,3 +123,36 @@ def latent_dataset(
         for name, moments in content.items()
     ]
     return commit_generation(url, receipts, fingerprint, autoencoder), content
+
+
+TINY_DIT = DenoiserConfig(hidden_size=16, depth=1, num_heads=2, patch_size=2)
+FRUIT = Conditioning("class", 3, ("apple", "pear", "plum"))
+
+
+def write_tiny_snapshot(
+    url: str,
+    autoencoder: Autoencoder,
+    autoencoder_url: str,
+    *,
+    denoiser_config: DenoiserConfig = TINY_DIT,
+    conditioning: Conditioning = FRUIT,
+) -> None:
+    """A snapshot of a random denoiser for latents (4, 4, 4), pictures of 8 pixels with a factor of 2."""
+    denoiser = build_denoiser(
+        denoiser_config, in_channels=4, sample_size=(4, 4), num_classes=conditioning.num_classes or None
+    )
+    generator = torch.Generator().manual_seed(0)  # a fresh DiT answers 0
+    weights = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in denoiser.state_dict().items()}
+    write_snapshot(
+        url,
+        weights,
+        denoiser_config=denoiser_config,
+        diffusion_config=DiffusionConfig(schedule="cosine", prediction_type="v_prediction"),
+        statistics=Statistics((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 0.5, 1.5)),
+        conditioning=conditioning,
+        latent_shape=(4, 4, 4),
+        fingerprint=make_fingerprint(autoencoder, 8, (255, 255, 255), "moments", "float32"),
+        step=7,
+        images_seen=700,
+        autoencoder_url=autoencoder_url,
+    )

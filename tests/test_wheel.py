@@ -71,4 +71,8 @@ def test_ldm_runs_from_an_empty_directory(environment: Path, tmp_path: Path) -> 
     where = run(environment / "bin" / "python", "-c", "import ldm; print(ldm.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(environment)
     assert "encode" in run(environment / "bin" / "ldm", "--help", cwd=tmp_path)
-    assert "image_size" in run(environment / "bin" / "ldm", "encode", "--print-config", cwd=tmp_path)
+    keys = ("source=a.tar", "destination=latents", "autoencoder=vae")
+    printed = run(
+        environment / "bin" / "ldm", "encode", "--config", "demo-encode", "--print-config", *keys, cwd=tmp_path
+    )
+    assert "image_size: 32" in printed  # from the packaged YAML

@@ -12,6 +12,7 @@ import mmap
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -141,7 +142,7 @@ class LatentDataset:
         """(ids, labels) of all samples; a sample without a label gets the null class."""
         ids, labels = [], []
         for row in self.manifest.shards:
-            path = local_copy(columns_url(self.url, row["name"]), row["columns_sha256"])
+            path = _verified(columns_url(self.url, row["name"]), row["columns_sha256"])
             table = pq.read_table(path, columns=["id", "label"])
             ids.append(table["id"].to_numpy())
             labels.append(table["label"].fill_null(self.num_classes).to_numpy())
@@ -186,18 +187,24 @@ def channels(values: tuple[float, ...], device: str | torch.device = "cpu") -> T
     return torch.tensor(values, dtype=torch.float32, device=device)[None, :, None, None]
 
 
+def _verified(url: str, sha256: str) -> Path:
+    """A local path of `url`. Raises ValueError where the file is not the one that the manifest names."""
+    path = local_copy(url, sha256)
+    if hash_file(path) != sha256:
+        raise ValueError(f"{path}: does not have the hash that its manifest names; it is damaged")
+    return path
+
+
 class _Shard:
     """One mapped tar: its records, gathered without a copy of the rest."""
 
     def __init__(self, url: str, row: dict[str, object], shape: tuple[int, ...]) -> None:
         name = str(row["name"])
         path = local_copy(latents_url(url, name), str(row["sha256"]))
-        index_path = local_copy(index_url(url, name), str(row["index_sha256"]))
+        index_path = _verified(index_url(url, name), str(row["index_sha256"]))
         found = path.stat().st_size
         if found != row["bytes"]:  # a map of a truncated file would end in SIGBUS
             raise ValueError(f"{path}: has {found} bytes, its manifest says {row['bytes']}; it is damaged")
-        if hash_file(index_path) != row["index_sha256"]:
-            raise ValueError(f"{index_path}: does not have the hash that its manifest names; it is damaged")
         self._offsets = pq.read_table(index_path, columns=["offset"])["offset"].to_numpy()
         with path.open("rb") as handle:
             self._map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)

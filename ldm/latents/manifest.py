@@ -145,7 +145,7 @@ def make_fingerprint(
 
 
 def fingerprint_hash(fingerprint: dict[str, Any]) -> str:
-    return hashlib.sha256(canonical_json(fingerprint).encode()).hexdigest()[:16]
+    return _hash(fingerprint)
 
 
 def check_fingerprint(url: str, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -223,10 +223,14 @@ def commit_generation(
         "fingerprint": fingerprint,
         "shards": {"count": len(rows), "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
     }
-    generation = hashlib.sha256(canonical_json(manifest).encode()).hexdigest()[:16]
-    storage.write_bytes(storage.join(url, "generations", f"{generation}.parquet"), buffer.getvalue())
-    storage.write_json(storage.join(url, "generations", f"{generation}.json"), manifest)
-    storage.write_json(storage.join(url, "manifest.json"), {"format": FORMAT, "generation": generation})
+    generation = _hash(manifest)
+    base, pointer_url = storage.join(url, "generations", generation), storage.join(url, "manifest.json")
+    if not storage.exists(f"{base}.json"):
+        storage.write_bytes(f"{base}.parquet", buffer.getvalue())
+        storage.write_json(f"{base}.json", manifest)
+    pointer = {"format": FORMAT, "generation": generation}
+    if not storage.exists(pointer_url) or storage.read_json(pointer_url) != pointer:
+        storage.write_json(pointer_url, pointer)
     return generation
 
 
@@ -238,18 +242,23 @@ def read_manifest(url: str, generation: str | None = None, key: str = "latents")
             raise RequestError(
                 f"{key}={url}: is no latent dataset (no manifest.json); give what `ldm encode` wrote, once it is done"
             )
-        pointer = storage.read_json(pointer_url)
+        try:
+            pointer = storage.read_json(pointer_url)
+        except ValueError as error:
+            raise RequestError(f"{key}={error}") from None
         if not isinstance(pointer, dict) or pointer.get("format") != FORMAT:
             raise RequestError(f"{key}={url}: manifest.json is not of a latent dataset; give what `ldm encode` wrote")
         generation = str(pointer["generation"])
     base = storage.join(url, "generations", generation)
     if not storage.exists(f"{base}.json"):
-        raise RequestError(
-            f"{key}={url}: generation {generation} is not there; it holds {storage.list_dir(base[:-17])}"
-        )
+        names = storage.list_dir(storage.join(url, "generations"))
+        known = ", ".join(name.removesuffix(".json") for name in names if name.endswith(".json"))
+        raise RequestError(f"{key}={url}: generation {generation} is not there; it holds {known or 'none'}")
     values = storage.read_json(f"{base}.json")
     if values["version"] > VERSION:
         raise RequestError(f"{key}={url}: has format version {values['version']}, this program reads up to {VERSION}")
+    if _hash(values) != generation:
+        raise ValueError(f"{base}.json: does not have the hash that is its name; it is damaged")
     table = storage.read_bytes(f"{base}.parquet")
     if hashlib.sha256(table).hexdigest() != values["shards"]["sha256"]:
         raise ValueError(f"{base}.parquet: does not have the hash that its manifest names; it is damaged")
@@ -266,6 +275,10 @@ def read_manifest(url: str, generation: str | None = None, key: str = "latents")
         accounting=Accounting(**values["accounting"]),
         shards=tuple(pq.read_table(io.BytesIO(table)).to_pylist()),
     )
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:16]
 
 
 def _shapes(receipts: Sequence[ShardReceipt]) -> list[list[int]]:

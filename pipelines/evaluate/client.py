@@ -1,5 +1,6 @@
 """Pictures from a running deployment (`ldm serve`), over HTTP."""
 
+import http.client
 import io
 import json
 import threading
@@ -17,13 +18,17 @@ from torch import Tensor
 from ldm.config import RequestError
 
 _IN_FLIGHT = 4  # requests at a time: the next one waits at the replica when one is done
+_MODEL_KEYS = ("snapshot", "step", "weights_sha256", "batch_size", "max_images")
 _TRIES = 6
-_TIMEOUT_S = 1800.0  # of one request, waiting included
-_BUSY = (429, 503)
+_DRAW_WITHIN_S = 1800.0  # one request, its waiting included
+_DESCRIBE_WITHIN_S = 10.0
 
 
 class SamplesClient:
-    """A client of one deployment. Raises RequestError where none answers, or it refuses the request."""
+    """A client of one deployment. Raises RequestError where none answers, or it refuses the request.
+
+    model: what is served (snapshot, step, weights_sha256) and the limits (batch_size, max_images).
+    """
 
     def __init__(self, endpoint: str) -> None:
         self.endpoint = endpoint.rstrip("/")
@@ -53,10 +58,11 @@ class SamplesClient:
             body: dict[str, Any] = {**settings, "seeds": seeds[part].tolist(), "response_format": "npy"}
             if labels is not None:
                 body["labels"] = labels[part].tolist()
-            array = np.load(io.BytesIO(self._request("/v1/samples", body)), allow_pickle=False)
-            return torch.from_numpy(array)
+            answer = self._request("/v1/samples", body, tries=_TRIES, within_s=_DRAW_WITHIN_S)
+            return torch.from_numpy(np.load(io.BytesIO(answer), allow_pickle=False))
 
         pictures: list[Tensor] = []
+        self._stopped.clear()
         pool = ThreadPoolExecutor(_IN_FLIGHT, "samples")
         try:
             for part, drawn in zip(parts, pool.map(request, parts), strict=True):
@@ -69,35 +75,36 @@ class SamplesClient:
 
     def _model(self) -> dict[str, Any]:
         try:
-            return dict(json.loads(self._request("/v1/models", tries=1))["models"][0])
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            if isinstance(error, RequestError):
-                raise
+            answer = self._request("/v1/models", tries=1, within_s=_DESCRIBE_WITHIN_S)
+            model = json.loads(answer)["models"][0]
+            return {key: model[key] for key in _MODEL_KEYS}
+        except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:  # or something else answers
             text = " ".join(str(error).split())[:160]
             raise RequestError(
                 f"endpoint={self.endpoint}: no deployment answers there ({text}); give the URL that `ldm serve` prints"
             ) from None
 
-    def _request(self, path: str, body: dict[str, Any] | None = None, tries: int = _TRIES) -> bytes:
+    def _request(self, path: str, body: dict[str, Any] | None = None, *, tries: int, within_s: float) -> bytes:
         """The body of the answer. What fails in passing is tried again: a request may be repeated freely."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.endpoint + path, data, {"Content-Type": "application/json"})
-        for left in reversed(range(tries)):
+        problem: Exception = ConnectionAbortedError("stopped")
+        for i in range(tries):
+            if i and self._stopped.wait(2.0 ** (i - 2)):  # 0.5 s, then twice as long each time
+                break
             try:
-                with self._opener.open(request, timeout=_TIMEOUT_S) as answer:
+                with self._opener.open(request, timeout=within_s) as answer:
                     return bytes(answer.read())
             except urllib.error.HTTPError as error:
                 detail = _detail(error)
                 if error.code == 422:
                     raise RequestError(detail) from None
-                if error.code not in _BUSY or left == 0:
-                    raise RuntimeError(f"{self.endpoint}{path}: answers {error.code} ({detail})") from None
-            except OSError as error:
-                if left == 0:
-                    raise ConnectionError(f"{self.endpoint}{path}: {error}") from error
-            if self._stopped.wait(2.0 ** (tries - left - 2)):  # 0.5 s, then twice as long each time
-                break
-        raise ConnectionAbortedError("stopped")
+                problem = RuntimeError(f"{self.endpoint}{path}: answers {error.code} ({detail})")
+                if error.code < 500 and error.code != 429:
+                    break
+            except (OSError, http.client.HTTPException) as error:
+                problem = ConnectionError(f"{self.endpoint}{path}: {error}")
+        raise problem
 
 
 def _detail(error: urllib.error.HTTPError) -> str:

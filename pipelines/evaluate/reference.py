@@ -1,8 +1,11 @@
 """Image shards => the reference pictures, split as training split them."""
 
+import tarfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -45,29 +48,37 @@ def read_reference(urls: dict[str, str], snapshot: Snapshot, holdout: float, max
     label that the model does not have.
     """
     rules = snapshot.fingerprint["pictures"]
-    pixels, labels, ids, skipped = [], [], [], 0
-    with Progress("evaluate: reading the reference", len(urls), "shards") as progress:
-        for name, url in urls.items():
-            for sample in shards.ShardReader(url):
-                if len(pixels) == max_pictures:
-                    break
-                try:
-                    label = sample.label
-                    decoded, _ = images.decode(sample.picture or b"", rules["size"], tuple(rules["background"]))
-                except (images.BadPicture, ValueError):  # ValueError: a label that is no number
-                    skipped += 1
-                    continue
-                pixels.append(decoded)
-                labels.append(-1 if label is None else label)
-                ids.append(sample_id(name, sample.key))
-            progress.advance(1, f"{len(pixels):,} pictures")
+    pixels: list[npt.NDArray[np.uint8]] = []
+    labels, ids, skipped = [], [], 0
+    for name, sample in _samples(urls):
+        if len(pixels) == max_pictures:
+            say(f"evaluate: the first {max_pictures:,} reference pictures are used (max_reference)")
+            break
+        try:
+            label = sample.label
+            decoded, _ = images.decode(sample.picture or b"", rules["size"], tuple(rules["background"]))
+        except (images.BadPicture, ValueError):  # ValueError: a label that is no number
+            skipped += 1
+            continue
+        pixels.append(decoded)
+        labels.append(-1 if label is None else label)
+        ids.append(sample_id(name, sample.key))
     if not pixels:
         raise RequestError(f"reference={next(iter(urls.values()))}: holds no readable picture; give image shards")
-    if len(pixels) == max_pictures:
-        say(f"evaluate: the first {max_pictures:,} reference pictures are used (max_reference)")
     pictures = Pictures(torch.from_numpy(np.stack(pixels)), _checked_labels(labels, snapshot))
     held_out = torch.from_numpy(is_held_out(np.array(ids, np.int64), holdout))
     return Reference(pictures.take(~held_out), pictures.take(held_out), skipped)
+
+
+def _samples(urls: dict[str, str]) -> Iterator[tuple[str, shards.RawSample]]:
+    """(name of the shard, sample) in order. Raises RequestError where a tar is damaged."""
+    with Progress("evaluate: reading the reference", len(urls), "shards") as progress:
+        for name, url in urls.items():
+            try:
+                yield from ((name, sample) for sample in shards.ShardReader(url))
+            except tarfile.TarError as error:
+                raise RequestError(f"reference={url}: is no whole tar ({error}); give image shards") from None
+            progress.advance(1)
 
 
 def _checked_labels(labels: list[int], snapshot: Snapshot) -> Tensor | None:
@@ -76,5 +87,5 @@ def _checked_labels(labels: list[int], snapshot: Snapshot) -> Tensor | None:
     if num_classes == 0 or min(labels) < 0:
         return None
     if max(labels) >= num_classes:
-        raise RequestError(f"reference: holds the label {max(labels)}, but the model has classes 0 to {num_classes - 1}")
+        raise RequestError(f"reference: holds label {max(labels)}, but the model has classes 0 to {num_classes - 1}")
     return torch.tensor(labels, dtype=torch.int64)

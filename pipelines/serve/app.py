@@ -45,9 +45,7 @@ class SamplesRequest(Config):
         None, gt=0, description="number of pictures; null: one for each seed, else for each label, else 1"
     )
     seed: Seed | None = Field(None, description="picture i has seed + i; null: 0")
-    seeds: list[Seed] | None = Field(
-        None, min_length=1, description="the seed of each picture, in place of seed"
-    )
+    seeds: list[Seed] | None = Field(None, min_length=1, description="the seed of each picture, in place of seed")
     num_inference_steps: int = Field(50, gt=0, description="sampling steps S")
     eta: float = Field(0.0, ge=0, le=1, description="0: deterministic DDIM; 1: as much noise as DDPM")
     guidance_scale: float = Field(1.0, ge=0, le=1000, description="classifier-free guidance; 1: none")
@@ -118,9 +116,7 @@ class Engine:
         if self.waiting >= self.max_waiting:
             raise Overloaded
 
-    async def draw(
-        self, labels: Tensor | None, seeds: Tensor, request: SamplesRequest
-    ) -> npt.NDArray[np.uint8]:
+    async def draw(self, labels: Tensor | None, seeds: Tensor, request: SamplesRequest) -> npt.NDArray[np.uint8]:
         """=> raw pixels uint8 (N, 3, H, W). Raises RequestError and Overloaded."""
         # Made once more where it is drawn; here so that a wrong request is told at once, and does not queue.
         make_plan(self.sampler.diffusion, request.num_inference_steps, request.eta)
@@ -227,9 +223,7 @@ def _to_npy(pictures: npt.NDArray[np.uint8]) -> bytes:
     return buffer.getvalue()
 
 
-def _to_json(
-    pictures: npt.NDArray[np.uint8], labels: Tensor | None, seeds: Tensor, snapshot: Snapshot
-) -> bytes:
+def _to_json(pictures: npt.NDArray[np.uint8], labels: Tensor | None, seeds: Tensor, snapshot: Snapshot) -> bytes:
     """The body of a `SamplesResponse`."""
     numbers = [None] * len(seeds) if labels is None else labels.tolist()
     rows = [

@@ -49,9 +49,7 @@ class ServeConfig(Config):
     num_replicas: int = Field(1, gt=0, description="replicas, each with the whole model")
     gpus_per_replica: float = Field(1.0, gt=0, le=1, description="share of a GPU that a replica takes")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the replicas run")
-    denoiser_type: str | None = Field(
-        None, description="package:Class, for a snapshot of your own denoiser class"
-    )
+    denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
 
 
 @dataclass(frozen=True)
@@ -147,13 +145,12 @@ def _start(application: Any, host: str, port: int) -> None:
     try:
         serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
     except RuntimeError as error:
-        deployments = serve.status().applications[APPLICATION].deployments.values()
-        text = "\n".join([*(status.message for status in deployments), str(error)])
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
-        for line in lines:
-            if "RequestError: " in line:
-                raise RequestError(line.split("RequestError: ", 1)[1]) from None
-        raise RuntimeError(f"the replicas do not start: {lines[-1]}") from error
+        replicas = serve.status().applications[APPLICATION].deployments.values()
+        cause = next((r.message for r in replicas if r.message), str(error))
+        line = cause.strip().splitlines()[-1].strip()  # of a traceback: the exception
+        if "RequestError: " in line:
+            raise RequestError(line.split("RequestError: ", 1)[1]) from None
+        raise RuntimeError(f"the replicas do not start: {line}") from error
 
 
 def _refuse_second_serve() -> None:
@@ -162,9 +159,7 @@ def _refuse_second_serve() -> None:
 
     names = {actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)}
     if "SERVE_CONTROLLER_ACTOR" in names:
-        raise RequestError(
-            "RAY_ADDRESS: a Ray Serve runs on this cluster already; end it, or give another cluster"
-        )
+        raise RequestError("RAY_ADDRESS: a Ray Serve runs on this cluster already; end it, or give another cluster")
 
 
 def _wait_until_ready(url: str) -> None:

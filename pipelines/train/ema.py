@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipelines.train.zero import ShardedState
+from pipelines.train.sharded_state import ShardedState
 
 
 @dataclass(frozen=True)

@@ -55,10 +55,10 @@ def train_worker(job: dict[str, Any]) -> None:
 
 @dataclass
 class _Window:
-    """What is averaged between two points of the log."""
+    """What is averaged between two points of the log. loss: the rank's sum over the steps that were applied."""
 
     loss: Tensor
-    steps: int = 0
+    applied: int = 0
     skipped: int = 0
     waited: float = 0.0
     started: float = 0.0
@@ -84,9 +84,9 @@ class Worker:
         self.diffusion = Diffusion(config.diffusion, self.device)
         self.ema = Ema(self.engine.state, [EmaProfile(EMA_PROFILE, config.ema.decay)])
         self.checkpoint = newest_checkpoint(config.output)
-        progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, _all_gather) if self.checkpoint else {}
+        progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather) if self.checkpoint else {}
         self.first_step = self.step = int(progress.get("step", 0))
-        self.loss = float(progress.get("loss", "nan"))
+        self.loss: float | None = progress.get("loss")
         self.snapshot = ""
 
     @property
@@ -154,19 +154,21 @@ class Worker:
     def _train_step(self, batch: LatentBatch) -> None:
         """One optimizer step: the rank's share in micro-batches."""
         learning_rate = self._learning_rate()
-        applied = None
+        outcome, loss_sum = None, torch.zeros((), device=self.device)
         for first in range(0, self.share, self.micro_batch):
             part = slice(first, first + self.micro_batch)
             micro = LatentBatch(batch.moments[part], batch.labels[part], batch.ids[part], batch.epochs[part])
             loss = self._loss(micro)
             self.engine.backward(loss)
-            applied = self.engine.step(learning_rate)
-            self._window.loss += loss.detach() * (self.micro_batch / self.share)
-        assert applied is not None
-        if applied.applied:
-            self.ema.update()
-        self._window.skipped += not applied.applied
-        self._window.steps += 1
+            outcome = self.engine.step(learning_rate)
+            loss_sum += loss.detach() * (self.micro_batch / self.share)
+        assert outcome is not None
+        if not outcome.applied:  # a gradient was not finite: every rank skips alike, and the loss means nothing
+            self._window.skipped += 1
+            return
+        self.ema.update()
+        self._window.applied += 1
+        self._window.loss += loss_sum
 
     def _loss(self, batch: LatentBatch) -> Tensor:
         """Mean loss of a micro-batch. What is random is keyed by (seed, epoch, sample id)."""
@@ -192,14 +194,16 @@ class Worker:
         """A point in MLflow: the mean loss over ranks and over the steps since the last point."""
         window, self._window = self._window, self._new_window()
         dist.all_reduce(window.loss)
-        self.loss = float(window.loss) / (window.steps * self.world)
+        steps = window.applied + window.skipped
+        if window.applied:
+            self.loss = float(window.loss) / (window.applied * self.world)
         seconds = max(1e-9, time.monotonic() - window.started)
         self.tracker.log(
             {
-                "train/loss": self.loss,
+                **({"train/loss": self.loss} if window.applied else {}),
                 "train/learning_rate": self._learning_rate(),
                 "train/skipped_steps": window.skipped,
-                "perf/images_per_second": window.steps * self.config.global_batch_size / seconds,
+                "perf/images_per_second": steps * self.config.global_batch_size / seconds,
                 "data/wait_share": window.waited / seconds,
                 PROGRESS_KEY: self.step,
             },
@@ -209,7 +213,7 @@ class Worker:
     def _save(self) -> None:
         """Checkpoint on all ranks, then rank 0 writes the snapshot from its files."""
         progress = {"step": self.step, "images_seen": self.images_seen, "loss": self.loss}
-        self.checkpoint = save_checkpoint(self.config.output, self.engine.state, self.ema, progress, _all_gather)
+        self.checkpoint = save_checkpoint(self.config.output, self.engine.state, self.ema, progress, zero.all_gather)
         self._write_snapshot()
         if self.rank == 0:
             prune(self.config.output, self.config.keep_last)
@@ -236,11 +240,6 @@ class Worker:
 
     def _show(self) -> None:
         if self.board is not None:
-            note = f"loss {self.loss:.4f}" if self.loss == self.loss else ""
+            note = "" if self.loss is None else f"loss {self.loss:.4f}"
             self.board.write.remote({"start": self.first_step, "step": self.step, "note": note})
 
-
-def _all_gather(value: Any) -> list[Any]:
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values

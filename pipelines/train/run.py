@@ -28,13 +28,13 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What scripts may rely on. loss: mean over the last `log_every` steps."""
+    """What scripts may rely on. loss: mean over the last `log_every` steps; None where none was applied."""
 
     snapshot: str
     checkpoint: str
     step: int
     images_seen: int
-    loss: float
+    loss: float | None
     images_per_second: float
     run_id: str | None
 

@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL
 from ldm.digits import load_digit_pictures
 from ldm.first_stage import FirstStageConfig, measure, train_autoencoder
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = FirstStageConfig(block_out_channels=(4, 8), latent_channels=2, epochs=4, batch_size=16, seed=3)
 
 
@@ -37,7 +38,7 @@ def test_it_learns(trained):
 
 def test_the_folder_is_read_by_diffusers_and_measures_the_same(trained, pictures):
     folder, report, _ = trained
-    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert {path.name for path in folder.iterdir()} == {"config.json", WEIGHTS}
     model = AutoencoderKL.from_pretrained(folder).eval()
     assert model.config.scaling_factor == pytest.approx(1 / report["latent_rms"])
     assert model.config.latent_channels == 2
@@ -51,8 +52,7 @@ def test_same_seed_same_weights_and_the_callers_generator_is_left_alone(trained,
     torch.manual_seed(7)
     train_autoencoder(pictures[:96], tmp_path, TINY)
     assert torch.equal(torch.rand(3), expected)
-    name = "diffusion_pytorch_model.safetensors"
-    assert (tmp_path / name).read_bytes() == (trained[0] / name).read_bytes()
+    assert (tmp_path / WEIGHTS).read_bytes() == (trained[0] / WEIGHTS).read_bytes()
 
 
 def test_measure_against_its_definitions(pictures):

@@ -24,9 +24,7 @@ def run(function: Callable[..., Any], world: int, *args: Any, timeout: float = 2
         pipes, processes = [], []
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
-            process = context.Process(
-                target=_child, args=(sender, function, rank, world, directory, args), daemon=True
-            )
+            process = context.Process(target=_child, args=(sender, function, rank, world, directory, args), daemon=True)
             process.start()
             sender.close()
             pipes.append(receiver)

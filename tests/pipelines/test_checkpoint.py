@@ -17,15 +17,14 @@ from ldm import storage
 from ldm.config import RequestError
 from pipelines.train import zero
 from pipelines.train.checkpoint import (
-    CheckpointError,
     checkpoint_url,
     load_checkpoint,
     newest_checkpoint,
     prune,
     read_full,
-    read_marker,
     save_checkpoint,
 )
+from pipelines.train.checkpoint_files import CheckpointError, read_marker
 from pipelines.train.ema import Ema, EmaProfile
 from tests.pipelines import gloo, tiny
 
@@ -307,7 +306,9 @@ def test_damage_is_refused_when_whole_tensors_are_read(broken, what):
         read_full(broken[what], "ema.slow")
 
 
-def test_another_model_or_average_is_refused(two):
+def test_another_model_or_average_is_refused(trained, two):
+    with pytest.raises(CheckpointError, match=r"has no ema\.typo; it has buffer, ema\.fast"):
+        read_full(trained[0][2, "fp32"]["url"], "ema.typo")
     for rank in two:
         assert "parameter last.weight has shape (3, 103), but this model's is (3, 105)" in rank[2]["model"]
         assert "ema=other" in rank[2]["profile"]

@@ -1,0 +1,273 @@
+"""The stage: reads the reference, draws from the deployment, measures, and writes report, grid and MLflow run."""
+
+import time
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field, field_validator
+
+from ldm import images, shards, storage
+from ldm.classifier import Classifier, train_classifier
+from ldm.config import Config, Location, RequestError
+from ldm.sampler import make_plan
+from ldm.sampling import resolve_labels
+from ldm.snapshot import Snapshot, read_snapshot
+from pipelines.evaluate import measures
+from pipelines.evaluate.client import SamplesClient
+from pipelines.evaluate.reference import Pictures, Reference, read_reference
+from pipelines.progress import Progress, say
+from pipelines.tracking import Tracker, TrackingConfig
+
+_GRID_COLUMNS, _GRID_ROWS, _GRID_BAND = 10, 4, 8
+
+
+class EvaluateConfig(Config):
+    """Measures a snapshot against reference pictures, drawing through a deployment."""
+
+    snapshot: Location = Field(description="what `ldm train` wrote: a snapshot directory or URL")
+    reference: Location | tuple[Location, ...] = Field(
+        description="image shards that the model was trained on: path, URL, glob, comma set or brace range"
+    )
+    output: Location = Field("evaluation", description="directory or URL of report.json and grid.png")
+    num_images: int = Field(500, gt=1, description="number of pictures drawn, the classes in turn")
+    features: Literal["classifier", "vae"] = Field(
+        "classifier",
+        description="what distances are taken in: a classifier trained on the reference, or the latents of the VAE",
+    )
+    holdout: float = Field(
+        0.1, ge=0, lt=1, description="share of the reference, by a hash of the id, that training held out too"
+    )
+    max_reference: int = Field(20_000, gt=1, description="reference pictures read at most, the first ones")
+    seed: int = Field(0, ge=0, description="picture i has seed + i; also of the classifier and the intervals")
+    num_inference_steps: int = Field(50, gt=0, description="sampling steps S")
+    eta: float = Field(0.0, ge=0, le=1, description="0: deterministic DDIM; 1: as much noise as DDPM")
+    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1: none")
+    endpoint: str | None = Field(None, description="URL of a running deployment; null: one is started and stopped")
+    batch_size: int = Field(32, gt=0, description="of the deployment that is started: pictures in one call")
+    num_replicas: int = Field(1, gt=0, description="of the deployment that is started: replicas")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where its replicas run")
+    denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
+    tracking: TrackingConfig = TrackingConfig()
+
+    @field_validator("endpoint")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("is no URL of a deployment; give one such as http://127.0.0.1:8000")
+        return value
+
+
+@dataclass(frozen=True)
+class EvaluateReport:
+    """What scripts may rely on. features: with the hash of the weights; the Fréchet distance is `fd-FEATURES`."""
+
+    metrics: dict[str, float]
+    num_images: int
+    features: str
+    run_id: str | None
+    grid: str
+    report: str
+    images_per_second: float
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """What will be measured. shards: names and URLs of the reference."""
+
+    snapshot: Snapshot
+    shards: dict[str, str]
+
+
+def plan(config: EvaluateConfig) -> EvaluatePlan:
+    """Checks the request without weights and without Ray. Raises RequestError."""
+    snapshot = read_snapshot(config.snapshot)
+    unconditional = snapshot.conditioning.type == "none"
+    if unconditional and config.features == "classifier":
+        raise RequestError("features=classifier: the model is unconditional; give features=vae")
+    if unconditional and config.guidance_scale != 1:
+        raise RequestError(f"guidance_scale={config.guidance_scale}: the model is unconditional; must be 1")
+    if config.features == "classifier" and config.holdout == 0:
+        raise RequestError(
+            "holdout=0.0: the classifier's own accuracy needs pictures that it never saw; give 0.1, or features=vae"
+        )
+    make_plan(snapshot.diffusion_config, config.num_inference_steps, config.eta)
+    try:
+        urls = shards.shard_names(storage.expand(config.reference))
+    except RequestError as error:
+        raise RequestError(str(error).replace("source=", "reference=", 1)) from None
+    for url in urls.values():
+        if storage.size(url) == 0:
+            raise RequestError(f"reference={url}: is empty; give a WebDataset tar that holds pictures")
+    return EvaluatePlan(snapshot, urls)
+
+
+def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateReport:
+    """Measures the snapshot that the deployment at `endpoint` (else config.endpoint) serves.
+
+    The same figures for the same request, on one machine and number of threads. Raises RequestError.
+    """
+    todo = plan(config)
+    client = _connect(endpoint or config.endpoint, todo.snapshot)
+    reference = read_reference(todo.shards, todo.snapshot, config.holdout, config.max_reference)
+    _check_reference(config, reference)
+    with Tracker(config.tracking, f"evaluate/{storage.name(config.snapshot)}", config) as tracker:
+        features = _features(config, todo.snapshot, reference)
+        started = time.monotonic()
+        samples = _draw(config, client, todo.snapshot)
+        rate = config.num_images / (time.monotonic() - started)
+        say(f"evaluate: measures {len(samples):,} samples against {len(reference.train):,} training pictures")
+        figures = _measure(config, samples, reference, features)
+        grid = _grid(samples, reference, todo.snapshot)
+        document = _document(config, todo.snapshot, reference, features, figures)
+        report_url, grid_url = storage.join(config.output, "report.json"), storage.join(config.output, "grid.png")
+        storage.write_bytes(grid_url, images.to_png(grid))
+        storage.write_json(report_url, document)
+        tracked = {f"eval/{name}": value for name, value in figures.metrics.items()}
+        tracker.log({**tracked, "perf/images_per_second": rate}, todo.snapshot.images_seen)
+        tracker.tag({"snapshot": config.snapshot, "step": str(todo.snapshot.step), "features": features.name})
+        tracker.image("grid.png", grid)
+        tracker.document("report.json", document)
+    return EvaluateReport(
+        metrics=figures.metrics,
+        num_images=len(samples),
+        features=features.name,
+        run_id=tracker.run_id,
+        grid=grid_url,
+        report=report_url,
+        images_per_second=round(rate, 2),
+    )
+
+
+def _connect(endpoint: str | None, snapshot: Snapshot) -> SamplesClient:
+    """A client of a deployment that serves this very snapshot. Raises RequestError."""
+    if endpoint is None:
+        raise RequestError("endpoint=null: nothing is drawn from; give the URL that `ldm serve` prints")
+    client = SamplesClient(endpoint)
+    if client.model["weights_sha256"] != snapshot.weights_sha256:
+        other = f"{client.model['snapshot']} (step {client.model['step']})"
+        raise RequestError(f"endpoint={endpoint}: serves {other}, not snapshot={snapshot.url} (step {snapshot.step})")
+    return client
+
+
+def _check_reference(config: EvaluateConfig, reference: Reference) -> None:
+    """Raises RequestError where the reference cannot give the figures that are asked for."""
+    found = f"{len(reference.train)} training and {len(reference.holdout)} held-out pictures"
+    if len(reference.train) < 2:
+        raise RequestError(f"reference={config.reference}: gives {found}; at least 2 training pictures are needed")
+    if config.features == "classifier" and reference.train.labels is None:
+        raise RequestError("features=classifier: the reference holds pictures without a label; give features=vae")
+    if config.features == "classifier" and len(reference.holdout) == 0:
+        raise RequestError(f"holdout={config.holdout}: gives {found}; give a larger share, or more pictures")
+
+
+def _features(config: EvaluateConfig, snapshot: Snapshot, reference: Reference) -> measures.Features:
+    """The VAE of the snapshot, or a classifier trained on the reference's training split."""
+    if config.features == "vae":
+        return measures.VaeFeatures(snapshot.load_autoencoder("cuda" if torch.cuda.is_available() else "cpu"))
+    train, holdout = reference.train, reference.holdout
+    assert train.labels is not None and holdout.labels is not None
+    with Progress("evaluate: training the classifier", 100, "%") as progress:
+        classifier = train_classifier(
+            train.pixels,
+            train.labels,
+            snapshot.conditioning.num_classes,
+            seed=config.seed,
+            progress=lambda step, steps: progress.advance_to(100 * step // steps),
+        )
+    accuracy = classifier.accuracy(holdout.pixels, holdout.labels)
+    say(f"evaluate: the classifier reads {accuracy:.1%} of {len(holdout):,} held-out pictures right")
+    return classifier
+
+
+def _draw(config: EvaluateConfig, client: SamplesClient, snapshot: Snapshot) -> Pictures:
+    labels = resolve_labels(None, snapshot.conditioning, config.num_images)
+    seeds = torch.arange(config.seed, config.seed + config.num_images)
+    with Progress("evaluate: sampling", config.num_images, "pictures") as progress:
+        pixels = client.draw(
+            labels,
+            seeds,
+            num_inference_steps=config.num_inference_steps,
+            eta=config.eta,
+            guidance_scale=config.guidance_scale,
+            progress=progress.advance_to,
+        )
+    return Pictures(pixels, labels)
+
+
+def _measure(
+    config: EvaluateConfig, samples: Pictures, reference: Reference, features: measures.Features
+) -> measures.Figures:
+    """All figures that the request and the reference allow."""
+    figures = {
+        **measures.frechet_distances(samples, reference, features, config.seed),
+        **measures.nearest_distances(samples, reference),
+    }
+    by_class: dict[int, dict[str, Any]] = {}
+    parts = []
+    if isinstance(features, Classifier):
+        parts.append(measures.conditional_accuracy(samples, reference, features, config.seed))
+    if reference.train.labels is not None and len(reference.holdout):
+        parts.append(measures.class_recall(samples, reference, config.seed))
+    for part in parts:
+        figures |= part.metrics
+        for row in part.by_class:
+            by_class.setdefault(row["class"], {}).update(row)
+    return measures.Figures(figures, [by_class[label] for label in sorted(by_class)])
+
+
+def _document(
+    config: EvaluateConfig,
+    snapshot: Snapshot,
+    reference: Reference,
+    features: measures.Features,
+    figures: measures.Figures,
+) -> dict[str, Any]:
+    """report.json: the figures, and all that they depend on."""
+    settings = {"num_images", "seed", "num_inference_steps", "eta", "guidance_scale", "holdout", "max_reference"}
+    names = snapshot.conditioning.names
+    return {
+        "format": "ldm-evaluation",
+        "version": 1,
+        "snapshot": {
+            "url": snapshot.url,
+            "step": snapshot.step,
+            "images_seen": snapshot.images_seen,
+            "weights_sha256": snapshot.weights_sha256,
+        },
+        "settings": config.model_dump(include=settings),
+        "reference": {
+            "train": len(reference.train),
+            "holdout": len(reference.holdout),
+            "skipped": reference.skipped,
+            "pictures": snapshot.fingerprint["pictures"],
+        },
+        "features": features.name,
+        "recall": {"neighbours": measures.NEIGHBOURS, "pixels": measures.COMPARED_SIZE},
+        "metrics": figures.metrics,
+        "by_class": [{**row, "name": names[row["class"]]} if names else row for row in figures.by_class],
+    }
+
+
+def _grid(samples: Pictures, reference: Reference, snapshot: Snapshot) -> npt.NDArray[np.uint8]:
+    """uint8 (3, H, W): real pictures on top, held out where there are enough, and sampled ones below."""
+    real = reference.holdout if len(reference.holdout) >= _GRID_COLUMNS * _GRID_ROWS else reference.train
+    columns = min(snapshot.conditioning.num_classes or _GRID_COLUMNS, _GRID_COLUMNS)
+    top, below = (images.grid(_rows(pictures, columns).numpy(), columns) for pictures in (real, samples))
+    band = np.full((3, _GRID_BAND, top.shape[2]), 255, np.uint8)
+    return np.concatenate([top, band, below], axis=1)
+
+
+def _rows(pictures: Pictures, columns: int) -> torch.Tensor:
+    """uint8 (rows * columns, 3, H, W): a class in each column where there are labels; white where one has no more."""
+    chosen = torch.full((_GRID_ROWS * columns, *pictures.pixels.shape[1:]), 255, dtype=torch.uint8)
+    if pictures.labels is None:
+        first = pictures.pixels[: len(chosen)]
+        chosen[: len(first)] = first
+        return chosen
+    for label in range(columns):
+        found = pictures.pixels[pictures.labels == label][:_GRID_ROWS]
+        chosen[label : len(found) * columns : columns] = found
+    return chosen

@@ -1,0 +1,76 @@
+"""Ctrl-C on a command that started Ray: nothing of it is left, and what was committed goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from ldm.autoencoder import Autoencoder
+from pipelines.train.checkpoint import newest_checkpoint
+from tests.pictures import kl_model, latent_dataset
+from tests.pipelines.tiny_snapshot import write_tiny_snapshot
+
+pytestmark = pytest.mark.ray
+ROOT = Path(__file__).parents[2]
+
+
+def interrupt_when(command: list[str], ready: Callable[[], bool], place: Path) -> tuple[int, str, list[psutil.Process]]:
+    """Starts `ldm COMMAND` in a process group of its own, presses Ctrl-C for the whole group once `ready`.
+
+    Returns (exit code, stderr, the processes of the family that still live 5 s after it).
+    """
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
+    log = place / "stderr.txt"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "jobs.cli", *command],
+            stderr=stderr, stdout=subprocess.DEVNULL, cwd=place, env=environment, start_new_session=True,
+        )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 200
+        while not ready():
+            assert process.poll() is None, f"ended by itself: {log.read_text()}"
+            assert time.monotonic() < deadline, f"was never ready: {log.read_text()}"
+            time.sleep(0.1)
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert any("raylet" in p.name() for p in family)
+        os.killpg(process.pid, signal.SIGINT)
+        code = process.wait(timeout=60)
+        _, alive = psutil.wait_procs(family, timeout=5)
+        return code, log.read_text(), alive
+    finally:
+        if process.poll() is None:
+            process.kill()
+
+
+def test_training(tmp_path: Path) -> None:
+    latents = tmp_path / "latents"
+    autoencoder = Autoencoder(kl_model())
+    latent_dataset(str(latents), autoencoder)
+    autoencoder.save(str(latents / "autoencoder"))
+    settings = "global_batch_size=8 num_workers=1 checkpoint_every=5 tracking.enabled=false device=cpu"
+    model = "denoiser.hidden_size=16 denoiser.depth=1 denoiser.num_heads=2 denoiser.patch_size=1"
+    command = ["train", "latents=latents", "output=run", *settings.split(), *model.split(), "max_steps=1000000"]
+    code, said, alive = interrupt_when(command, lambda: newest_checkpoint(str(tmp_path / "run")) is not None, tmp_path)
+    assert code == 130, said
+    assert alive == []
+    assert "interrupted: what was committed stays usable" in said and "Traceback" not in said
+    dry_run = [sys.executable, "-m", "jobs.cli", *command, "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    again = subprocess.run(dry_run, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
+    assert again.returncode == 0 and f"from {newest_checkpoint('run') or 'run/checkpoints/step-'}" in again.stdout
+
+
+def test_serving(tmp_path: Path, free_port: Callable[[], int]) -> None:
+    write_tiny_snapshot(tmp_path / "snapshot")
+    command = ["serve", "snapshot=snapshot", f"port={free_port()}", "device=cpu"]
+    log = tmp_path / "stderr.txt"
+    code, said, alive = interrupt_when(command, lambda: "Ctrl-C stops it" in log.read_text(), tmp_path)
+    assert code == 0, said
+    assert alive == [] and "only this machine reaches it" in said and "Traceback" not in said

@@ -1,0 +1,169 @@
+"""One MLflow run: what is logged is there once, and a lost write stops nobody."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from pydantic import Field
+
+from ldm.config import Config
+from pipelines.tracking import PROGRESS_KEY, Tracker, TrackingConfig
+
+
+class Inner(Config):
+    rate: float = Field(0.5, description="a rate")
+
+
+class Params(Config):
+    name: str = Field("x" * 5, description="a name")
+    inner: Inner = Inner()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """A store of its own: creating one takes seconds, so the tests of this file share it."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    return TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="tests")
+
+
+@pytest.fixture(scope="module")
+def client(store):
+    return MlflowClient(store.uri)
+
+
+def history(client, run_id, key):
+    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
+
+
+def test_a_run_is_written(store, client, tmp_path):
+    params = Params(tracking=store)
+    with Tracker(store, "encode/thing", params) as tracker:
+        tracker.log({"data/inputs": 7, "perf/rate": 1.5}, 100)
+        tracker.log({"data/inputs": 8}, 200)
+        tracker.tag({"fingerprint": "abc"})
+        tracker.image("grid.png", np.zeros((3, 4, 5), np.uint8))
+        tracker.document("metrics.json", {"a": 1})
+    run = client.get_run(tracker.run_id)
+    assert run.info.status == "FINISHED" and run.info.run_name == "encode/thing"
+    assert client.get_experiment(run.info.experiment_id).name == "tests"
+    assert run.data.params == {"name": "xxxxx", "inner.rate": "0.5"}
+    assert run.data.tags["stage"] == "encode" and run.data.tags["fingerprint"] == "abc"
+    assert history(client, tracker.run_id, "data/inputs") == [(100, 7), (200, 8)]
+    assert history(client, tracker.run_id, "perf/rate") == [(100, 1.5)]
+    assert sorted(f.path for f in client.list_artifacts(tracker.run_id)) == ["grid.png", "metrics.json"]
+    assert not (tmp_path / "mlruns").exists()
+
+
+def test_a_run_that_goes_on_does_not_say_anything_twice(store, client):
+    """Killed after step 3; resumed from step 1. Another group of metrics is logged at its own steps."""
+    with pytest.raises(RuntimeError), Tracker(store, "train/thing") as first:
+        for step in range(4):
+            first.log({"train/loss": 10 + step, PROGRESS_KEY: step}, step * 100)
+        first.log({"val/loss": 5.0}, 350)
+        raise RuntimeError("killed")
+    assert client.get_run(first.run_id).info.status == "FAILED"
+    with Tracker(store, "train/thing", run_id=first.run_id) as second:
+        assert client.get_run(first.run_id).info.status == "RUNNING"
+        for step in range(2, 6):
+            second.log({"train/loss": 20 + step, PROGRESS_KEY: step}, step * 100)
+        second.log({"val/loss": 6.0}, 350)
+        second.log({"val/loss": 7.0}, 550)
+        second.log({"val/new": 1.0}, 300)
+    assert second.run_id == first.run_id
+    losses = [(0, 10), (100, 11), (200, 12), (300, 13), (400, 24), (500, 25)]
+    assert history(client, first.run_id, "train/loss") == losses
+    assert history(client, first.run_id, "val/loss") == [(350, 5.0), (550, 7.0)]
+    assert history(client, first.run_id, "val/new") == [(300, 1.0)]
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_a_worker_does_not_end_the_run_of_the_driver(store, client):
+    with Tracker(store, "train/thing") as driver:
+        with Tracker(store, "train/thing", run_id=driver.run_id, ends_run=False) as worker:
+            worker.log({"train/loss": 1.0}, 1)
+        assert client.get_run(driver.run_id).info.status == "RUNNING"
+        assert history(client, driver.run_id, "train/loss") == [(1, 1.0)]
+    assert client.get_run(driver.run_id).info.status == "FINISHED"
+
+
+def test_ctrl_c_is_killed(store, client):
+    with pytest.raises(KeyboardInterrupt), Tracker(store, "train/thing") as tracker:
+        raise KeyboardInterrupt
+    assert client.get_run(tracker.run_id).info.status == "KILLED"
+
+
+def test_numbers_that_are_not_finite(store, client):
+    with Tracker(store, "train/thing") as tracker:
+        tracker.log({"train/loss": float("nan")}, 1)
+        tracker.log({"train/loss": 2.0}, 2)
+    (first, last) = history(client, tracker.run_id, "train/loss")
+    assert last == (2, 2.0) and first[0] == 1
+
+
+def test_a_failed_write_is_reported_and_stops_nobody(store, client, capsys):
+    with Tracker(store, "train/thing") as tracker:
+        tracker.log({"train/loss": 1.0}, 1)
+        tracker.log({"a name! with? bad: characters*": 1.0}, 2)
+        tracker.log({"train/loss": 3.0}, 3)
+    assert history(client, tracker.run_id, "train/loss") == [(1, 1.0), (3, 3.0)]
+    assert client.get_run(tracker.run_id).info.status == "FINISHED"
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
+    assert len(lines) == 1 and f"tracking: 1 writes to {store.uri} failed; the first: " in lines[0]
+
+
+def test_the_caller_never_waits(store, monkeypatch):
+    gate = threading.Event()
+    with Tracker(store, "train/thing") as tracker:
+        monkeypatch.setattr(tracker._client, "log_batch", lambda *_, **__: gate.wait(60))
+        for step in range(1000):
+            tracker.log({"train/loss": 1.0}, step)
+        assert not gate.is_set() and tracker._queue.qsize() > 900
+        gate.set()
+
+
+def test_disabled_does_nothing(tmp_path):
+    """Nor does it load MLflow, which takes seconds."""
+    program = f"""
+import os, sys
+import numpy as np
+from pipelines.tracking import Tracker, TrackingConfig
+os.chdir({str(tmp_path)!r})
+with Tracker(TrackingConfig(enabled=False), "encode/x") as tracker:
+    tracker.log({{"a": 1.0}}, 1)
+    tracker.tag({{"a": "b"}})
+    tracker.image("x.png", np.zeros((3, 2, 2), np.uint8))
+    tracker.document("x.json", {{}})
+assert tracker.run_id is None
+assert not any(name.split(".")[0] == "mlflow" for name in sys.modules), "mlflow was imported"
+"""
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", program], cwd=root, check=True, timeout=120)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_nothing_is_said_the_environment_and_then_this_folder_is_taken(monkeypatch, tmp_path):
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert TrackingConfig().resolved() == TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="ldm")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://server:5000")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    assert TrackingConfig().resolved() == TrackingConfig(uri="http://server:5000", experiment="mine")
+    named = TrackingConfig(uri="sqlite:///x/y.db", experiment="other")
+    assert named.resolved() == TrackingConfig(uri=f"sqlite:///{tmp_path}/x/y.db", experiment="other")
+    assert named.resolved().resolved() == named.resolved()
+
+
+def test_git_that_hangs_stops_nobody(store, client, tmp_path, monkeypatch):
+    """A `git` that never answers, as on a dead network disk, costs five seconds and no run."""
+    (tmp_path / "git").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with Tracker(store, "train/thing") as tracker:
+        pass
+    assert "mlflow.source.git.commit" not in client.get_run(tracker.run_id).data.tags
