@@ -36,7 +36,7 @@ class FirstStageConfig(Config):
     latent_channels: int = Field(4, ge=1, description="channels of a latent")
     layers_per_block: int = Field(1, ge=1, description="residual blocks at each resolution")
     kl_weight: float = Field(1e-3, ge=0, description="weight of the KL divergence, nats per latent number")
-    epochs: int = Field(16, ge=1, description="passes over the pictures")
+    epochs: int = Field(12, ge=1, description="passes over the pictures")
     batch_size: int = Field(32, ge=1, description="pictures in an optimizer step")
     learning_rate: float = Field(2e-3, gt=0, description="peak of the one-cycle schedule")
     seed: int = Field(0, description="of the weights, the order and the posterior noise")

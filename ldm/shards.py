@@ -142,7 +142,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     """Refuses what tarfile takes for the end of the tar: a damaged header, or a part of one."""
 
     @classmethod
-    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> "_StrictTarInfo":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_StrictTarInfo":
         try:
             return super().frombuf(buf, encoding, errors)
         except tarfile.HeaderError as error:

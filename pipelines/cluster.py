@@ -61,13 +61,13 @@ def resources_per_worker(num_workers: int, device: str) -> tuple[dict[str, float
     """(Ray resources of one worker, its CPU threads): a whole GPU each, or an equal share of the CPU cores."""
     import ray
 
-    total = ray.cluster_resources()
-    cpus = total.get("CPU", 1.0)
+    nodes = [node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]]
+    equal = sum(nodes) / num_workers
+    # A worker must fit on one node. Workers may outnumber the cores (tests, trials): they then share them.
+    share = min(float(max(1, int(equal))), equal, max(nodes))
     if device == "cuda":
-        return {"CPU": 1.0, "GPU": 1.0}, max(1, int(cpus // num_workers))
-    share = max(1, int(cpus // num_workers))
-    # Workers may outnumber the cores of one machine (tests, trials): they then share them.
-    return {"CPU": min(float(share), cpus / num_workers)}, share
+        return {"CPU": min(1.0, share), "GPU": 1.0}, max(1, int(share))
+    return {"CPU": share}, max(1, int(share))
 
 
 def resolve_device(device: str) -> str:

@@ -34,7 +34,6 @@ from pipelines import cluster
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker, TrackingConfig
 
-
 Level = Annotated[int, Field(ge=0, le=255)]
 
 
@@ -50,9 +49,7 @@ class EncodeConfig(Config):
     batch_size: int = Field(32, gt=0, description="pictures in one call of the autoencoder")
     store: Store = Field("moments", description="what is stored: posterior mean and log variance, or the mean alone")
     precision: Precision = Field("float32", description="what the autoencoder computes in")
-    background: tuple[Level, Level, Level] = Field(
-        (255, 255, 255), description="RGB 0-255 behind transparent pictures"
-    )
+    background: tuple[Level, Level, Level] = Field((255, 255, 255), description="RGB 0-255 behind transparent pictures")
     class_names: Location | None = Field(None, description="JSON file with the list of class names")
     max_shards: int | None = Field(None, gt=0, description="encode the first so many shards only; a later run goes on")
     num_workers: int | None = Field(None, gt=0, description="encoder actors; null: one for each GPU, or two CPU cores")

@@ -29,6 +29,7 @@ def ray_session(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LDM_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("PYTHONPATH", str(ROOT / "examples"), prepend=os.pathsep)  # a denoiser of one's own
         ray.init(
             address="local",
             num_cpus=4,

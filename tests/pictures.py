@@ -112,8 +112,12 @@ def write_latent_shard(
         return writer.commit(1000, "0" * 64)
 
 
+COUNTS = (7, 13, 1, 5)
+TOTAL = sum(COUNTS)
+
+
 def latent_dataset(
-    url: str, autoencoder: Autoencoder, counts: Sequence[int] = (7, 13, 5), **options: Any
+    url: str, autoencoder: Autoencoder, counts: Sequence[int] = COUNTS, **options: Any
 ) -> tuple[str, dict[str, np.ndarray]]:
     """A committed latent dataset of random moments. Returns (generation, moments by shard name)."""
     fingerprint = make_fingerprint(autoencoder, 4, (255, 255, 255), "moments", "float32")

@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import logging
-import os
 import signal
 import socket
 import threading
@@ -27,9 +26,6 @@ from pipelines.serve.app import Engine, create_app
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-# Serve's controller ends by killing itself, and Ray then prints on the driver's stdout that it failed.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", r"ServeController\.graceful_shutdown failed")
 
 APPLICATION = "ldm"
 _LOOPBACK = ("127.0.0.1", "localhost")

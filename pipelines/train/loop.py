@@ -84,7 +84,9 @@ class Worker:
         self.diffusion = Diffusion(config.diffusion, self.device)
         self.ema = Ema(self.engine.state, [EmaProfile(EMA_PROFILE, config.ema.decay)])
         self.checkpoint = newest_checkpoint(config.output)
-        progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather) if self.checkpoint else {}
+        progress = {}
+        if self.checkpoint:
+            progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather)
         self.first_step = self.step = int(progress.get("step", 0))
         self.loss: float | None = progress.get("loss")
         self.snapshot = ""
@@ -195,12 +197,13 @@ class Worker:
         window, self._window = self._window, self._new_window()
         dist.all_reduce(window.loss)
         steps = window.applied + window.skipped
+        losses = {}
         if window.applied:
-            self.loss = float(window.loss) / (window.applied * self.world)
+            self.loss = losses["train/loss"] = float(window.loss) / (window.applied * self.world)
         seconds = max(1e-9, time.monotonic() - window.started)
         self.tracker.log(
             {
-                **({"train/loss": self.loss} if window.applied else {}),
+                **losses,
                 "train/learning_rate": self._learning_rate(),
                 "train/skipped_steps": window.skipped,
                 "perf/images_per_second": steps * self.config.global_batch_size / seconds,

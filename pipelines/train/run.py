@@ -1,9 +1,8 @@
 """The driver's side of training: checks the request, claims the output, asks Ray Train for workers, shows progress."""
 
+import contextlib
 import shutil
 import tempfile
-import threading
-import time
 import uuid
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -152,56 +151,61 @@ def _write_record(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> N
 
 
 def _run_workers(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> dict[str, Any]:
-    """Runs Ray Train in a thread, for its own Ctrl-C handler exits with 0, and shows what rank 0 reports."""
+    """Runs Ray Train in a task of its own, and shows what rank 0 reports meanwhile.
+
+    In this process its Ctrl-C handler would end it with 0, and in a thread it would outlive the Ray session.
+    """
     import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     device = cluster.resolve_device(config.device)
     resources, threads = cluster.resources_per_worker(config.num_workers, device)
     board = ray.remote(Board).options(num_cpus=0).remote()
+    job = {
+        "config": config.model_dump(mode="json"),
+        "generation": todo.generation,
+        "run_id": run_id,
+        "device": device,
+        "threads": threads,
+        "board": board,
+    }
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     scratch, filesystem = _ray_storage(config.output)
-    trainer = TorchTrainer(
+    try:
+        fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
+        running = fit.remote(job, config.max_failures, config.num_workers, resources, scratch, filesystem)
+        _watch(running, board, config.max_steps)
+        ray.get(running)
+    except ray.exceptions.RayError as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise RuntimeError(f"training failed: {lines[-1]}") from error
+    finally:
+        if storage.is_local(scratch):
+            shutil.rmtree(scratch, ignore_errors=True)
+    status: dict[str, Any] = ray.get(board.read.remote())
+    return dict(status["result"])
+
+
+def _fit(
+    job: dict[str, Any], max_failures: int, num_workers: int, resources: dict[str, float], scratch: str, filesystem: Any
+) -> None:
+    """The Ray task in which Ray Train runs: it starts the workers, and starts them again where one is lost."""
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    on_gpu = job["device"] == "cuda"
+    TorchTrainer(
         train_worker,
-        train_loop_config={
-            "config": config.model_dump(mode="json"),
-            "generation": todo.generation,
-            "run_id": run_id,
-            "device": device,
-            "threads": threads,
-            "board": board,
-        },
-        torch_config=TorchConfig(backend="nccl" if device == "cuda" else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=config.num_workers, use_gpu=device == "cuda", resources_per_worker=resources
-        ),
+        train_loop_config=job,
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
+        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
             storage_path=scratch,
             storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            failure_config=FailureConfig(max_failures=max_failures),
         ),
-    )
-    outcome: dict[str, Any] = {}
-
-    def fit() -> None:
-        try:
-            trainer.fit()
-        except Exception as error:  # handed to the main thread, below
-            outcome["error"] = error
-
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    try:
-        _watch(thread, board, config.max_steps)
-    finally:
-        if storage.is_local(scratch):
-            shutil.rmtree(scratch, ignore_errors=True)
-    if "error" in outcome:
-        text = [line for line in str(outcome["error"]).splitlines() if line.strip()]
-        raise RuntimeError(f"training failed: {text[-1].strip() if text else type(outcome['error']).__name__}")
-    status: dict[str, Any] = ray.get(board.read.remote())
-    return dict(status["result"])
+    ).fit()
 
 
 class Board:
@@ -217,23 +221,22 @@ class Board:
         return self.status
 
 
-def _watch(thread: threading.Thread, board: Any, max_steps: int) -> None:
+def _watch(running: Any, board: Any, max_steps: int) -> None:
+    """Shows the progress until the task `running` has ended."""
     import ray
 
-    progress, start = None, 0
-    while thread.is_alive():
-        status = ray.get(board.read.remote())
-        if status and (progress is None or status["start"] != start):
-            if progress is not None:
-                say(f"train: a worker was lost; goes on from step {status['start']}")
-            start = status["start"]
-            progress = Progress("train", max_steps, "steps", initial=start)
-        if status and progress is not None:
+    with contextlib.ExitStack() as stack:
+        progress, start = None, 0
+        while not ray.wait([running], timeout=0.25)[0]:
+            status = ray.get(board.read.remote())
+            if not status:
+                continue
+            if progress is None or status["start"] != start:
+                if progress is not None:
+                    say(f"train: a worker was lost; goes on from step {status['start']}")
+                start = status["start"]
+                progress = stack.enter_context(Progress("train", max_steps, "steps", initial=start))
             progress.advance_to(status["step"], status["note"])
-        time.sleep(0.25)
-    if progress is not None:
-        progress.__exit__(None, None, None)
-    thread.join()
 
 
 def _ray_storage(output: str) -> tuple[str, Any]:

@@ -73,7 +73,9 @@ def test_expand_sees_what_was_added_since(place):
         if url.startswith("s3://"):
             import boto3
 
-            boto3.client("s3").put_object(Bucket="bucket", Key=url.removeprefix("s3://bucket/"), Body=b"1" * (number + 1))
+            boto3.client("s3").put_object(
+                Bucket="bucket", Key=url.removeprefix("s3://bucket/"), Body=b"1" * (number + 1)
+            )
         else:
             storage.write_bytes(url, b"1" * (number + 1))
         assert [storage.name(u) for u in storage.expand(f"{place}/*.tar")] == [f"x-{n}.tar" for n in range(number + 1)]

@@ -1,0 +1,28 @@
+"""Image shards and a random autoencoder that the tests of this folder share."""
+
+import pytest
+
+from ldm.shards import RawSample
+from tests.pictures import image_shard, kl_model, samples
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vae")
+    kl_model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def source(tmp_path_factory):
+    """Three shards of 20 samples; the middle one holds four that cannot be encoded."""
+    folder = tmp_path_factory.mktemp("images")
+    image_shard(folder / "train-00000.tar", samples(20))
+    bad = samples(20, start=20)
+    bad[3].members["png"] = b"no picture"
+    bad[7] = RawSample("00022", bad[7].members)  # stands twice
+    del bad[11].members["png"]
+    bad[15].members["cls"] = b"seven"
+    image_shard(folder / "train-00001.tar", bad)
+    image_shard(folder / "train-00002.tar", samples(20, start=40))
+    return str(folder)

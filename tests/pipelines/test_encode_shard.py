@@ -1,0 +1,130 @@
+"""Encoding without Ray: what is refused before any work, and one shard through the actor's class."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from ldm import storage
+from ldm.autoencoder import load_autoencoder
+from ldm.config import RequestError
+from ldm.latents.dataset import LatentDataset
+from ldm.latents.manifest import (
+    Accounting,
+    commit_generation,
+    read_manifest,
+)
+from ldm.shards import RawSample, ShardReader
+from pipelines.encode import encode, plan
+from tests.pictures import image_shard, kl_model, tiny_model
+from tests.pipelines.encoding import SIZE, config, encode_here
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 17}, r"^image_size=17: the autoencoder's factor 2 does not divide it; give 16$"),
+        ({"image_size": 1}, r"^image_size=1: the autoencoder's factor 2 does not divide it; give 2$"),
+        ({"source": "absent/*.tar"}, r"^source=absent/\*\.tar: matches no file"),
+        ({"source": "absent.tar"}, r"^source=absent\.tar: does not exist"),
+        ({"source": ""}, r"^source='': is empty"),
+        ({"source": "pipe:cat x.tar"}, r"^pipe:cat x\.tar: runs a shell command, which is refused"),
+        ({"autoencoder": "/absent"}, r"^autoencoder=/absent: holds no config\.json"),
+        ({"class_names": "/absent.json"}, r"^class_names=/absent\.json: cannot be read"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_any_work(source, vae, tmp_path, changes, message):
+    with pytest.raises(RequestError, match=message) as caught:
+        encode(config(source, tmp_path / "latents", vae, **changes))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_an_empty_source_and_one_name_twice_are_refused(source, vae, tmp_path):
+    (tmp_path / "empty.tar").write_bytes(b"")
+    with pytest.raises(RequestError, match=r"^source=.*empty\.tar: is empty; give a WebDataset tar"):
+        encode(config(str(tmp_path), tmp_path / "latents", vae))
+    (tmp_path / "other").mkdir()
+    shutil.copy(f"{source}/train-00000.tar", tmp_path / "other")
+    both = (f"{source}/*.tar", f"{tmp_path}/other/*.tar")
+    with pytest.raises(RequestError, match=r"has the same name as .*train-00000\.tar"):
+        encode(config(source, tmp_path / "latents", vae, source=both))
+    assert not (tmp_path / "latents").exists()
+
+
+@pytest.mark.parametrize("background", [(0, 0, 256), (-1, 0, 0)])
+def test_a_background_that_is_no_colour_is_refused(background, vae):
+    with pytest.raises(ValueError, match="less than or equal to 255|greater than or equal to 0"):
+        config("x", "y", vae, background=background)
+
+
+def test_the_plan_says_what_is_left(source, vae, tmp_path):
+    todo = plan(config(source, tmp_path / "latents", vae, max_shards=2))
+    assert todo.todo == ("train-00000", "train-00001") and todo.done == {}
+    assert todo.input_bytes == sum(os.path.getsize(f"{source}/{name}.tar") for name in todo.todo)
+    assert not (tmp_path / "latents").exists()
+
+
+def test_a_source_without_pictures_is_refused(vae, tmp_path):
+    image_shard(tmp_path / "a.tar", [RawSample("x", {"txt": b"words"})])
+    settings = config(str(tmp_path), tmp_path / "latents", vae)
+    assert encode_here(settings, "a").accounting == Accounting(1, 0, 0, 1)
+    with pytest.raises(RequestError, match=r"holds no picture that can be encoded \(1 = 0 encoded \+ 0 filtered \+ 1"):
+        encode(settings)
+
+
+def test_one_encoder_on_an_object_store(source, s3, vae, tmp_path, monkeypatch):
+    """The actor is a plain class: the same shard from and to S3 is the same bytes as on the disk."""
+    monkeypatch.setenv("LDM_CACHE", str(tmp_path / "cache"))
+    storage.write_bytes(f"{s3}/images/train-00001.tar", Path(f"{source}/train-00001.tar").read_bytes())
+    autoencoder = load_autoencoder(vae)
+    found = {}
+    for place, inputs in ((str(tmp_path / "latents"), source), (f"{s3}/encoded", f"{s3}/images")):
+        settings = config(inputs, place, vae, source=f"{inputs}/train-00001.tar")
+        receipt = encode_here(settings, "train-00001")
+        commit_generation(place, [receipt], plan(settings).fingerprint, autoencoder)
+        found[place] = (
+            receipt,
+            storage.read_bytes(f"{place}/latents/train-00001.tar"),
+            read_manifest(place).generation,
+        )
+    local, remote = found.values()
+    assert local == remote and local[0].accounting.encoded == 16
+    batch = LatentDataset(f"{s3}/encoded", global_batch_size=16).batch(0)
+    assert len(set(batch.ids.tolist())) == 16
+
+
+@pytest.mark.parametrize("store", ["moments", "mean"])
+def test_a_deterministic_autoencoder_and_the_mean_alone(source, vae, tmp_path, store):
+    if store == "moments":
+        tiny_model().save_pretrained(tmp_path / "vae")
+        vae = str(tmp_path / "vae")
+    settings = config(source, tmp_path / "latents", vae, store=store, source=f"{source}/train-00000.tar")
+    receipt = encode_here(settings, "train-00000")
+    side = SIZE // load_autoencoder(vae).factor
+    assert receipt.shape == (4, side, side) and receipt.accounting.encoded == 20
+
+
+def test_a_latent_beyond_fp16_is_quarantined(source, tmp_path):
+    model = kl_model()
+    model.quant_conv.weight.data[0] *= 1e9
+    model.save_pretrained(tmp_path / "vae")
+    settings = config(source, tmp_path / "latents", str(tmp_path / "vae"), source=f"{source}/train-00000.tar")
+    receipt = encode_here(settings, "train-00000")
+    assert receipt.accounting.quarantined == 20
+    assert {reason for _, reason in receipt.quarantined} == {"its latent is not finite in fp16"}
+
+
+@pytest.mark.real_data
+def test_real_transparent_pictures_and_their_captions(shared, vae, tmp_path):
+    folder = str(shared / "data" / "emoji")
+    settings = config(folder, tmp_path / "latents", vae, source=f"{folder}/emoji-00006.tar", background=(255, 0, 255))
+    receipt = encode_here(settings, "emoji-00006")
+    raw = {sample.key: sample for sample in ShardReader(f"{folder}/emoji-00006.tar")}
+    assert receipt.accounting == Accounting(len(raw), len(raw), 0, 0) and len(raw) > 50
+    columns = pq.read_table(tmp_path / "latents" / "columns" / "emoji-00006.parquet").to_pylist()
+    assert [(row["key"], row["caption"], row["width"]) for row in columns] == [
+        (key, sample.caption, 128) for key, sample in raw.items()
+    ]

@@ -1,0 +1,72 @@
+"""Every `ldm` command of the README runs as it stands there, one after the other, on made pictures."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jobs import cli
+from tests.jobs.test_interrupt import interrupt_when
+from tests.pictures import image_shard, samples, tiny_model
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def console_commands(section: str) -> list[list[str]]:
+    """The `$ …` commands of a section, lines that end in a backslash joined."""
+    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line[2:], comments=True) for line in lines if line.startswith("$ ")]
+
+
+@pytest.mark.ray
+def test_the_path_on_ones_own_pictures(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for number in range(6):
+        image_shard(tmp_path / "shards" / f"train-{number:05d}.tar", samples(12, start=12 * number))
+    tiny_model().save_pretrained(tmp_path / "vae")
+    commands = console_commands("On your own pictures")
+    assert [command[:2] for command in commands] == [
+        ["ldm", verb] for verb in ("encode", "train", "sample", "serve", "evaluate")
+    ]
+    for command in commands:
+        if command[1] == "serve":  # it runs until Ctrl-C, so in a process of its own
+            log = tmp_path / "stderr.txt"
+            code, _, alive = interrupt_when(command[1:], lambda log=log: "Ctrl-C stops it" in log.read_text(), tmp_path)
+            assert (code, alive) == (0, [])
+            continue
+        code = cli.main(command[1:])
+        assert code == 0, (command, capsys.readouterr().err)
+    assert len(list((tmp_path / "samples").glob("0*.png"))) == 8
+    assert (tmp_path / "mlflow.db").exists()
+
+    code_block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
+    assert code_block is not None
+    done = subprocess.run(
+        [sys.executable, "-c", code_block.group(1) + "\nprint(tuple(latents.shape))"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert done.stdout == "(8, 4, 16, 16)\n", done.stderr
+
+
+def test_what_the_readme_names_is_there() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert len(links) > 5
+    for link in links:
+        assert (ROOT / link).exists(), link
+    targets = set(re.findall(r"make ([a-z-]+)", README))
+    makefile = (ROOT / "Makefile").read_text()
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
