@@ -11,16 +11,13 @@ from torch import Tensor, nn
 
 
 class MyDenoiser(nn.Module):
-    def __init__(
-        self, *, in_channels: int, sample_size: tuple[int, int], num_classes: int | None, width: int = 64
-    ):
+    def __init__(self, *, in_channels: int, sample_size: tuple[int, int], num_classes: int | None, width: int = 64):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(2 * 16, width), nn.SiLU(), nn.Linear(width, width))
         self.label = None if num_classes is None else nn.Embedding(num_classes + 1, width)
         self.first = nn.Conv2d(in_channels, width, 3, padding=1)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1))
-            for _ in range(4)
+            nn.Sequential(nn.GroupNorm(8, width), nn.SiLU(), nn.Conv2d(width, width, 3, padding=1)) for _ in range(4)
         )
         self.last = nn.Conv2d(width, in_channels, 3, padding=1)
 

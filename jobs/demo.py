@@ -134,9 +134,7 @@ def _train_first_stage(folder: Path, source: str) -> None:
             progress.advance_to(step, f"loss {loss:.4f}")
 
         # Written under another name first: a folder that is there is a first stage that is done.
-        report = train_autoencoder(
-            training, folder / "autoencoder.part", config, held_out=held_out, progress=show
-        )
+        report = train_autoencoder(training, folder / "autoencoder.part", config, held_out=held_out, progress=show)
     os.replace(folder / "autoencoder.part", target)
     say(f"first stage: {report['psnr']:.1f} dB PSNR on held-out digits, {report['seconds']:.0f} s")
 

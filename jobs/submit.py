@@ -17,6 +17,7 @@ import yaml
 import ldm
 from jobs import cli
 from ldm import storage
+from ldm.autoencoder import is_hub_id
 from ldm.config import Config, RequestError, fields
 from pipelines.progress import say
 
@@ -109,7 +110,7 @@ def _with_absolute_locations(config: Config) -> Config:
         value = getattr(config, key, None) if "." not in key else None
         if is_location and value is not None:
             many = [value] if isinstance(value, str) else list(value)
-            made = [_absolute(text) for text in many]
+            made = [text if key == "autoencoder" and is_hub_id(text) else _absolute(text) for text in many]
             updates[key] = made[0] if isinstance(value, str) else tuple(made)
     if tracking := getattr(config, "tracking", None):
         updates["tracking"] = tracking.resolved()
@@ -118,8 +119,6 @@ def _with_absolute_locations(config: Config) -> Config:
 
 def _absolute(text: str) -> str:
     """Relative paths, one or a comma set of them, made absolute; URLs as they stand."""
-    if not storage.is_local(text):
-        return text
     return ",".join(storage.absolute(part) for part in storage.split_commas(text))
 
 

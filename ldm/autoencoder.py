@@ -80,9 +80,14 @@ def load_autoencoder(url: str, device: str = "cpu", precision: Precision = "floa
             for name in FILES:
                 storage.fetch(storage.join(url, name), Path(folder) / name)
             return _load_folder(Path(folder), url, device, precision)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", url) and not Path(url).exists():
+    if is_hub_id(url):
         return _load_from_hub(url, device, precision)
     raise RequestError(f"autoencoder={url}: holds no config.json; give a diffusers autoencoder folder or a hub id")
+
+
+def is_hub_id(url: str) -> bool:
+    """Whether a text can only be meant as a hub id: `owner/name`, and nothing of that name is here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", url) is not None and not Path(url.split("/")[0]).exists()
 
 
 def downsampling_factor(config: dict[str, Any]) -> int:

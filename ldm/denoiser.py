@@ -26,12 +26,8 @@ class DenoiserConfig(Config):
     type: str = Field("dit", description="dit, or your own class as package.module:Class")
     hidden_size: int = Field(384, ge=4, description="width of a token (dit)")
     depth: int = Field(12, ge=1, description="number of transformer blocks (dit)")
-    num_heads: int = Field(
-        6, ge=1, description="attention heads; divides hidden_size (dit)", validate_default=True
-    )
-    patch_size: int = Field(
-        2, ge=1, description="latent pixels along a token's side; divides the latent (dit)"
-    )
+    num_heads: int = Field(6, ge=1, description="attention heads; divides hidden_size (dit)", validate_default=True)
+    patch_size: int = Field(2, ge=1, description="latent pixels along a token's side; divides the latent (dit)")
     mlp_ratio: float = Field(4.0, gt=0, description="width of the MLP over hidden_size (dit)")
     label_dropout: float = Field(
         0.1, ge=0, lt=1, description="share of training labels replaced by the null class, for guidance"
@@ -272,9 +268,7 @@ def _check_patch_size(patch_size: int, sample_size: tuple[int, int]) -> None:
         )
 
 
-def _check_options(
-    config: DenoiserConfig, denoiser_class: type[nn.Module], arguments: dict[str, Any]
-) -> None:
+def _check_options(config: DenoiserConfig, denoiser_class: type[nn.Module], arguments: dict[str, Any]) -> None:
     try:
         inspect.signature(denoiser_class).bind(**arguments)
     except TypeError as error:

@@ -118,9 +118,7 @@ def ddim_step(model_output: Tensor, x: Tensor, plan: SamplingPlan, step: int, no
     return x if noise is None else x + sigma * noise
 
 
-def guided(
-    denoiser: Denoiser, labels: Tensor | None, guidance_scale: float, null_label: int | None
-) -> DenoiserFn:
+def guided(denoiser: Denoiser, labels: Tensor | None, guidance_scale: float, null_label: int | None) -> DenoiserFn:
     """Classifier-free guidance (Ho & Salimans 2022): null + scale (conditional - null).
 
     Scale 1 is the conditional model in one call of N rows; any other is one call of 2N rows. An unconditional

@@ -5,7 +5,7 @@ SNAPSHOT/snapshot.json         configs, statistics, conditioning, hashes; writte
          autoencoder/          the frozen first stage, a diffusers folder
 """
 
-import shutil
+import contextlib
 import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -143,17 +143,17 @@ def read_snapshot(url: str, key: str = "snapshot") -> Snapshot:
 
 
 def copy_autoencoder(source: str, target: str) -> None:
-    """Copies a diffusers folder; on one local disk by hard links, for every snapshot of a run holds the same one."""
+    """Copies a diffusers folder. On one local disk its weights are a hard link: all snapshots of a run share them."""
     for file in FILES:
         origin, copy = storage.join(source, file), storage.join(target, file)
         with tempfile.TemporaryDirectory() as folder:
             temporary = storage.temporary_beside(copy) if storage.is_local(copy) else Path(folder) / file
-            if storage.is_local(origin):
-                try:
+            linked = False
+            if storage.is_local(origin) and file.endswith(".safetensors"):
+                with contextlib.suppress(OSError):  # another disk, or one without hard links
                     temporary.hardlink_to(storage.local_path(origin))
-                except OSError:  # another disk, or one without hard links
-                    shutil.copyfile(storage.local_path(origin), temporary)
-            else:
+                    linked = True
+            if not linked:
                 storage.fetch(origin, temporary)
             storage.commit_file(temporary, copy)
             temporary.unlink(missing_ok=True)  # a rename onto another link of the same file does nothing

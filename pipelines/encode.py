@@ -284,8 +284,8 @@ def _encode_shards(config: EncodeConfig, todo: EncodePlan, fingerprint: str) -> 
                 name, actor = running.pop(future)
                 try:
                     receipt = ray.get(future)
-                except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-                    died = isinstance(error, ray.exceptions.RayActorError)
+                except ray.exceptions.RayError as error:
+                    died = not isinstance(error, ray.exceptions.RayTaskError)  # the actor, its node or its object
                     idle.append(start() if died else actor)
                     tries[name] += 1
                     if tries[name] <= config.retry and (died or isinstance(error, OSError)):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from ldm import storage
-from ldm.config import Config
+from ldm.config import Config, RequestError
 from pipelines.progress import say
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -75,10 +75,18 @@ class Tracker:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(self.config.uri)
-        if self.run_id is None:
-            self.run_id = self._create_run()
-        else:
-            self._client.update_run(self.run_id, status="RUNNING")
+        try:
+            if self.run_id is None or not self._reopen(self.run_id):
+                self.run_id = self._create_run()
+        except Exception as error:  # any client, server or network fault
+            text = " ".join(str(error).split())[:200]
+            if self.ends_run:  # nothing has begun yet
+                raise RequestError(
+                    f"tracking.uri={self.config.uri}: cannot be written to ({text}); "
+                    "give another, or tracking.enabled=false"
+                ) from None
+            say(f"tracking: {self.config.uri} cannot be written to, goes on without ({text})")
+            return self
         self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
         self._thread.start()
         return self
@@ -138,6 +146,19 @@ class Tracker:
     def _put(self, write: Callable[[], Any]) -> None:
         if self.config.enabled:
             self._queue.put(write)
+
+    def _reopen(self, run_id: str) -> bool:
+        """Whether the run is there to go on. One that is gone is no reason not to train on: a new one is made."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.update_run(run_id, status="RUNNING")
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+            say(f"tracking: {self.config.uri} has no run {run_id}; a new one is made")
+            return False
+        return True
 
     def _create_run(self) -> str:
         from mlflow.entities import Param

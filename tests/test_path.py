@@ -1,6 +1,6 @@
 """The whole path at 64 px: encode, 30 ZeRO-2 steps on two workers with a resume, eight pictures over HTTP.
 
-On real photos with a pretrained VAE; and on made pictures with random weights, on the disk and on S3, which never skip.
+On real photos with a pretrained VAE; and on S3, on made pictures with random weights, which never skips.
 """
 
 import base64
@@ -40,13 +40,13 @@ class Case:
     place: str
 
 
-@pytest.fixture(params=["disk", "s3", pytest.param("photos", marks=pytest.mark.real_data)])
+@pytest.fixture(params=["s3", pytest.param("photos", marks=pytest.mark.real_data)])
 def case(request: pytest.FixtureRequest, tmp_path: Path) -> Case:
     if request.param == "photos":
         shared: Path = request.getfixturevalue("shared")
         source = shared / "data" / "grocery" / "train-00000.tar"
         return Case(str(source), str(shared / "models" / "taesd"), 512, str(tmp_path))
-    place = str(tmp_path) if request.param == "disk" else f"{request.getfixturevalue('s3')}/path"
+    place = f"{request.getfixturevalue('s3')}/path"
     autoencoder = Autoencoder(tiny_model())
     autoencoder.save(storage.join(place, "vae"))
     return Case(image_shard(storage.join(place, "in-00000.tar"), samples(40)), storage.join(place, "vae"), 40, place)
@@ -88,7 +88,7 @@ def test_from_shards_to_pictures_over_http(ray_session: None, case: Case) -> Non
 
 
 def _assert_stored_latents_decode_as_the_vae_reconstructs(case: Case) -> None:
-    """Against the photo, a stored fp16 latent loses no more than the VAE's own reconstruction: mean PSNR within 0.1 dB."""
+    """A stored fp16 latent loses no more than the VAE's own reconstruction: mean PSNR within 0.1 dB."""
     autoencoder = load_autoencoder(case.autoencoder)
     dataset = LatentDataset(storage.join(case.place, "latents"), global_batch_size=1)
     stored = dataset.all().moments[:, : autoencoder.latent_channels].float()

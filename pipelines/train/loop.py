@@ -223,7 +223,7 @@ class Worker:
 
     def _write_snapshot(self) -> None:
         assert self.checkpoint is not None
-        self.snapshot = storage.join(self.config.output, "snapshots", f"step-{self.step:010d}")
+        self.snapshot = snapshot_url(self.config.output, self.step)
         if self.rank != 0 or storage.exists(storage.join(self.snapshot, "snapshot.json")):
             return
         manifest = self.dataset.manifest
@@ -246,3 +246,6 @@ class Worker:
             note = "" if self.loss is None else f"loss {self.loss:.4f}"
             self.board.write.remote({"start": self.first_step, "step": self.step, "note": note})
 
+
+def snapshot_url(output: str, step: int) -> str:
+    return storage.join(output, "snapshots", f"step-{step:010d}")

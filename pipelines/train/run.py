@@ -19,8 +19,9 @@ from pipelines import cluster
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import newest_checkpoint
+from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig, trajectory
-from pipelines.train.loop import train_worker
+from pipelines.train.loop import snapshot_url, train_worker
 
 RUN_FILE = "run.json"
 
@@ -91,18 +92,38 @@ def train(config: TrainConfig) -> TrainReport:
             "tracking": config.tracking.resolved(),
         }
     )
+    if (finished := _finished(config, todo)) is not None:
+        say(f"train: step {finished.step:,} is reached already")
+        return finished
     run_id = todo.record["run_id"] if todo.record else None
     with (
         Tracker(config.tracking, f"train/{storage.name(config.output)}", config, run_id) as tracker,
         cluster.ray_session(),
     ):
-        if todo.record is None:
+        if todo.record is None or tracker.run_id != run_id:
             _write_record(config, todo, tracker.run_id)
             tracker.tag({"generation": todo.generation})
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {todo.num_samples:,} samples")
         result = _run_workers(config, todo, tracker.run_id)
     return TrainReport(**result, run_id=tracker.run_id)
+
+
+def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
+    """The report of a run that has nothing left to do, without starting a worker."""
+    if todo.checkpoint is None or todo.record is None:
+        return None
+    progress = read_marker(todo.checkpoint)["progress"]
+    snapshot = snapshot_url(config.output, progress["step"])
+    if progress["step"] < config.max_steps or not storage.exists(storage.join(snapshot, "snapshot.json")):
+        return None
+    return TrainReport(
+        snapshot=snapshot,
+        checkpoint=storage.absolute(todo.checkpoint),
+        images_per_second=0.0,
+        run_id=todo.record["run_id"],
+        **progress,
+    )
 
 
 def _check_batch(config: TrainConfig) -> None:

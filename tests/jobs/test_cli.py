@@ -186,5 +186,3 @@ def test_the_stage_modules_run_as_python_m(snapshot: str, tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: num_images=0: input should be greater than 0")
-
-

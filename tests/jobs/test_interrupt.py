@@ -1,4 +1,7 @@
-"""Ctrl-C on a command that started Ray: nothing of it is left, and what was committed goes on."""
+"""Ctrl-C on a command that started Ray: nothing of it is left, and what was committed goes on.
+
+The same on `ldm serve` is a part of tests/test_readme.py.
+"""
 
 import os
 import signal
@@ -14,7 +17,6 @@ import pytest
 from ldm.autoencoder import Autoencoder
 from pipelines.train.checkpoint import newest_checkpoint
 from tests.pictures import kl_model, latent_dataset
-from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 pytestmark = pytest.mark.ray
 ROOT = Path(__file__).parents[2]
@@ -65,12 +67,3 @@ def test_training(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     again = subprocess.run(dry_run, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert again.returncode == 0 and f"from {newest_checkpoint('run') or 'run/checkpoints/step-'}" in again.stdout
-
-
-def test_serving(tmp_path: Path, free_port: Callable[[], int]) -> None:
-    write_tiny_snapshot(tmp_path / "snapshot")
-    command = ["serve", "snapshot=snapshot", f"port={free_port()}", "device=cpu"]
-    log = tmp_path / "stderr.txt"
-    code, said, alive = interrupt_when(command, lambda: "Ctrl-C stops it" in log.read_text(), tmp_path)
-    assert code == 0, said
-    assert alive == [] and "only this machine reaches it" in said and "Traceback" not in said

@@ -27,11 +27,7 @@ def gaussian_oracle(config: DiffusionConfig) -> Callable[[Tensor, Tensor], Tenso
         centred = (x - alpha.sqrt() * MEAN) / (alpha * STD**2 + 1 - alpha)
         epsilon = (1 - alpha).sqrt() * centred
         x0 = MEAN + alpha.sqrt() * STD**2 * centred
-        return (
-            epsilon
-            if config.prediction_type == "epsilon"
-            else alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0
-        )
+        return epsilon if config.prediction_type == "epsilon" else alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0
 
     return denoiser_fn
 
@@ -58,9 +54,7 @@ def sampled_moments(config: DiffusionConfig, steps: int, eta: float, spacing: Sp
     impulses = torch.eye(steps + 2, dtype=torch.float64)[:, 1:]  # (rows, initial and each step)
     shaped = impulses[:, :, None, None, None]
     plan = make_plan(config, steps, eta=eta, spacing=spacing)
-    x0 = ddim(
-        gaussian_oracle(config), shaped[:, 0], plan, noise_fn=lambda step: shaped[:, step + 1]
-    ).flatten()
+    x0 = ddim(gaussian_oracle(config), shaped[:, 0], plan, noise_fn=lambda step: shaped[:, step + 1]).flatten()
     return x0[0].item(), (x0[1:] - x0[0]).square().sum().item()
 
 
@@ -137,17 +131,11 @@ def test_equals_diffusers_where_it_follows_the_paper(prediction_type: str, eta: 
     def answer(x: Tensor, t: Tensor) -> Tensor:
         return torch.tanh(x + t.reshape(-1, 1, 1, 1) / 1000)
 
-    noises = torch.randn(
-        steps + 1, 3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    noises = torch.randn(steps + 1, 3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x = noises[steps]
     for step, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(
-            answer(x, t.expand(3)), int(t), x, eta=eta, variance_noise=noises[step]
-        ).prev_sample
-    torch.testing.assert_close(
-        ddim(answer, noises[steps], plan, noise_fn=lambda i: noises[i]), x, rtol=0, atol=1e-9
-    )
+        x = scheduler.step(answer(x, t.expand(3)), int(t), x, eta=eta, variance_noise=noises[step]).prev_sample
+    torch.testing.assert_close(ddim(answer, noises[steps], plan, noise_fn=lambda i: noises[i]), x, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("total", [1000, 37])

@@ -92,12 +92,13 @@ def tracked(uri: str) -> dict[str, Any]:
 
 
 @pytest.mark.ray
-def test_a_run_reports_and_leaves_a_snapshot_that_draws(uninterrupted: Run, tmp_path: Path) -> None:
+def test_a_run_reports_and_leaves_a_snapshot_that_draws(latents: str, uninterrupted: Run, tmp_path: Path) -> None:
     report = uninterrupted.report
     assert (report.step, report.images_seen) == (8, 64)
     assert report.loss is not None and 0.1 < report.loss < 2.0
     assert report.checkpoint == newest_checkpoint(str(uninterrupted.output))
     assert len(storage.list_dir(str(uninterrupted.output / "checkpoints"))) == 3  # keep_last
+    assert train(config(latents, uninterrupted.output)).snapshot == report.snapshot  # again: nothing is left to do
     snapshot = read_snapshot(report.snapshot)
     assert (snapshot.step, snapshot.images_seen, snapshot.conditioning.num_classes) == (8, 64, 3)
     assert_bitwise(dict(snapshot.load_denoiser().state_dict()), read_full(report.checkpoint, "ema.main"))
