@@ -20,7 +20,7 @@ venv: $(INSTALLED)  ## create .venv and install the tested set of packages (TORC
 
 $(INSTALLED): constraints.txt pyproject.toml | python
 	$(PYTHON) -m venv .venv
-	$(if $(TORCH_INDEX),$(BIN)/pip install "$(TORCH)" --index-url "$(TORCH_INDEX)")
+	$(if $(TORCH_INDEX),$(BIN)/pip install --no-deps "$(TORCH)" --index-url "$(TORCH_INDEX)")
 	$(BIN)/pip install -e '.[dev]' -c constraints.txt
 	@touch $@
 
@@ -35,8 +35,8 @@ demo: venv  ## the whole path on real handwritten digits: encode, train, serve, 
 test: venv  ## every test but the long fault rounds
 	$(BIN)/python -m pytest -m "not faults"
 
-test-fast: venv  ## the tests that need neither Ray nor a wheel
-	$(BIN)/python -m pytest -m "not faults and not ray and not wheel"
+test-fast: venv  ## the tests that need neither Ray, nor several ranks, nor a wheel
+	$(BIN)/python -m pytest -m "not faults and not ray and not wheel and not slow"
 
 test-faults: venv  ## long rounds of killed workers and broken disks
 	@$(BIN)/python -m pytest -m faults || { code=$$?; \

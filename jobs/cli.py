@@ -69,13 +69,7 @@ def _run(arguments: list[str]) -> int:
     options, config = parse_stage(verb, rest)
     if config is None:
         return DONE
-    if options.print_config:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
-        return DONE
     stage = stage_module(verb)
-    if options.dry_run:
-        print(stage.dry_run(config))
-        return DONE
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the report alone
         report = stage.run(config)
     if report is not None:  # `serve` ends without one
@@ -93,9 +87,12 @@ def stage_module(verb: str) -> ModuleType:
 
 
 def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
-    """Options and the configuration of a stage; None in place of it where only help was asked for."""
+    """Options and the configuration of a stage.
+
+    None in place of it where nothing is to be run: --help, --print-config and --dry-run are answered here.
+    """
     model: type[Config] = stage_module(verb).StageConfig
-    parser = _Parser(prog=f"ldm {verb}", add_help=False)
+    parser = Parser(prog=f"ldm {verb}", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--json", action="store_true")
@@ -107,7 +104,14 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
         print(_stage_help(verb, model))
         return options, None
     layers = [(name, load_yaml(find_config(name))) for name in options.config]
-    return options, parse(model, layers, options.overrides)
+    config = parse(model, layers, options.overrides)
+    if options.print_config:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        return options, None
+    if options.dry_run:
+        print(stage_module(verb).dry_run(config))
+        return options, None
+    return options, config
 
 
 def find_config(name: str) -> Path:
@@ -129,12 +133,19 @@ def show_report(report: Any, as_json: bool) -> None:
     if as_json:
         print(json.dumps(values), flush=True)
         return
+    show_values(values)
+
+
+def show_values(values: dict[str, Any]) -> None:
+    """A report as a table for a person."""
     width = max(map(len, values))
     for key, value in values.items():
         print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list) else value}")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Whose mistakes are RequestErrors."""
+
     def error(self, message: str) -> Any:
         raise RequestError(f"{message}; see '{self.prog} --help'")
 

@@ -3,7 +3,9 @@
 import contextlib
 import hashlib
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -77,7 +79,7 @@ def run(config: StageConfig) -> DemoReport:
     _title("2/6  a first stage: a small AutoencoderKL, trained on the training digits")
     _train_first_stage(folder, source)
     with cluster.ray_session():
-        _title("3/6  encode: Ray, the frozen autoencoder, exactly once")
+        _title("3/6  encode: Ray and the frozen autoencoder; each picture counted once")
         paths = {"source": source, "destination": f"{folder}/latents", "autoencoder": f"{folder}/autoencoder"}
         encoded = _stage("encode", paths)
         counts = {k: getattr(encoded, k) for k in ("inputs", "encoded", "filtered", "quarantined")}
@@ -179,16 +181,18 @@ def _first_grid(folder: Path, started: float) -> Iterator[dict[str, float]]:
 
 def _check_resume(folder: Path) -> bool:
     """Trains a small model twice, once with a worker killed, and compares all of the resulting state."""
-    hashes = {}
-    for name in ("uninterrupted", "killed"):
-        output = f"{folder}/resume-check/{name}"
-        with _killer(output) if name == "killed" else contextlib.nullcontext():
-            _stage("train", {"latents": f"{folder}/latents", "output": output}, "demo-resume-check")
-        hashes[name] = _hash_state(output)
-    same = hashes["uninterrupted"] == hashes["killed"]
-    say(f"resumed == uninterrupted: {'yes' if same else 'NO'} (sha256 {hashes['killed'][:16]}…)")
+    killed, alone = f"{folder}/resume-check/killed", f"{folder}/resume-check/uninterrupted"
+    _stage("train", {"latents": f"{folder}/latents", "output": alone}, "demo-resume-check")
+    storage.remove(killed)  # of an earlier demonstration: a run that is done shows nothing
+    with _killer(killed) as kills:
+        _stage("train", {"latents": f"{folder}/latents", "output": killed}, "demo-resume-check")
+    if not kills or kills[0] == newest_checkpoint(killed):
+        raise RuntimeError("the run was over before its worker could be killed: nothing was shown; run it again")
+    left_alone, resumed = _hash_state(alone), _hash_state(killed)
+    same = resumed == left_alone
+    say(f"resumed == uninterrupted: {'yes' if same else 'NO'} (sha256 {resumed[:16]}…)")
     if not same:
-        raise RuntimeError(f"the resumed run differs: sha256 {hashes['killed']} != {hashes['uninterrupted']}")
+        raise RuntimeError(f"the resumed run differs: sha256 {resumed} != {left_alone}")
     return same
 
 
@@ -205,34 +209,38 @@ def _hash_state(output: str) -> str:
 
 
 @contextlib.contextmanager
-def _killer(output: str) -> Iterator[None]:
-    """Kills one training worker with SIGKILL once there is a checkpoint to go on from."""
-    stop = threading.Event()
+def _killer(output: str) -> Iterator[list[str]]:
+    """Kills one training worker with SIGKILL once there is a checkpoint to go on from; yields a list of that one."""
+    stop, kills = threading.Event(), []
 
     def kill() -> None:
         while not stop.wait(0.02):
             if newest_checkpoint(output):
                 workers = [p for p in psutil.Process().children(recursive=True) if _is_training_worker(p)]
                 if workers:
+                    kills.append(str(newest_checkpoint(output)))
                     say(f"kill -9 {workers[-1].pid}  (a training worker)")
                     os.kill(workers[-1].pid, signal.SIGKILL)
                     return
 
     thread = threading.Thread(target=kill, name="killer", daemon=True)
-    if newest_checkpoint(output) is None:
-        thread.start()
+    thread.start()
     try:
-        yield
+        yield kills
     finally:
         stop.set()
-        if thread.is_alive():
-            thread.join()
+        thread.join()
 
 
 def _is_training_worker(process: psutil.Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.cmdline()[0].startswith("ray::RayTrainWorker")
     return False
+
+
+def _program(name: str) -> str:
+    """How to call it: `make demo` does not activate the environment that it made."""
+    return name if shutil.which(name) else os.path.relpath(Path(sys.executable).with_name(name))
 
 
 def _title(text: str) -> None:
@@ -248,6 +256,6 @@ def _closing_words(report: DemoReport, folder: Path, snapshot: str) -> None:
         if not isinstance(value, dict | list):
             say(f"{name:<42} {value:.4g}" if isinstance(value, float) else f"{name:<42} {value}")
     say(f"\nreal on top, sampled below: {report.grid}")
-    say(f"look at the runs:   mlflow ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
-    say(f"draw more digits:   ldm sample --config demo-sample snapshot={snapshot} labels=3")
+    say(f"look at the runs:   {_program('mlflow')} ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
+    say(f"draw more digits:   {_program('ldm')} sample --config demo-sample snapshot={snapshot} labels=3")
     say(f"it took {report.seconds:.0f} s")

@@ -5,10 +5,16 @@ import sys
 from jobs.cli import main
 from ldm.config import Config
 from ldm.sampling import SampleConfig as StageConfig
-from ldm.sampling import check
-from ldm.sampling import sample as run
+from ldm.sampling import SampleReport, check, sample
+from pipelines.progress import Progress
 
 __all__ = ["StageConfig", "dry_run", "run"]
+
+
+def run(config: StageConfig) -> SampleReport:
+    """Samples, and shows the progress."""
+    with Progress("sample", config.num_images, "pictures") as progress:
+        return sample(config, progress.advance_to)
 
 
 def dry_run(config: Config) -> str:

@@ -1,6 +1,8 @@
 """`ldm submit STAGE …`: the same stage as a Ray job. Follows its log, and passes its exit code on."""
 
 import asyncio
+import importlib.util
+import json
 import os
 import shutil
 import sys
@@ -35,7 +37,7 @@ _FORWARDED = (
 
 def main(arguments: Sequence[str]) -> int:
     """Submits one stage; returns the job's exit code. Raises RequestError before anything is sent."""
-    parser = cli._Parser(prog="ldm submit", add_help=False)
+    parser = cli.Parser(prog="ldm submit", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--address", default=os.environ.get("RAY_ADDRESS"))
     parser.add_argument("--no-wait", action="store_true")
@@ -97,10 +99,26 @@ def _connect(address: str) -> Any:
 def _pack(folder: Path, config: Config) -> None:
     """This very code and the resolved configuration: what the job's workers run and read."""
     root = Path(str(ldm.__file__)).parent.parent
-    for package in _PACKAGES:
-        shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    for package in [root / name for name in _PACKAGES] + _own_denoiser(config):
+        if package.is_dir():
+            shutil.copytree(package, folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copyfile(package, folder / package.name)
     values = _with_absolute_locations(config).model_dump(mode="json")
     (folder / "config.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+
+
+def _own_denoiser(config: Config) -> list[Path]:
+    """The module or package of a denoiser class of the user's own. Raises RequestError where it is not found."""
+    denoiser = getattr(config, "denoiser", None)
+    named = denoiser.type if denoiser is not None else getattr(config, "denoiser_type", None)
+    if not named or ":" not in named:
+        return []
+    found = importlib.util.find_spec(named.split(":")[0].split(".")[0])
+    if found is None or found.origin is None:
+        raise RequestError(f"denoiser.type={named}: its module is not found here; its folder must be on PYTHONPATH")
+    origin = Path(found.origin)
+    return [origin.parent if origin.name == "__init__.py" else origin]
 
 
 def _with_absolute_locations(config: Config) -> Config:
@@ -110,26 +128,29 @@ def _with_absolute_locations(config: Config) -> Config:
         value = getattr(config, key, None) if "." not in key else None
         if is_location and value is not None:
             many = [value] if isinstance(value, str) else list(value)
-            made = [text if key == "autoencoder" and is_hub_id(text) else _absolute(text) for text in many]
+            made = [text if is_hub_id(text) and key == "autoencoder" else _absolute(text, key) for text in many]
             updates[key] = made[0] if isinstance(value, str) else tuple(made)
     if tracking := getattr(config, "tracking", None):
         updates["tracking"] = tracking.resolved()
     return config.model_copy(update=updates)
 
 
-def _absolute(text: str) -> str:
-    """Relative paths, one or a comma set of them, made absolute; URLs as they stand."""
-    return ",".join(storage.absolute(part) for part in storage.split_commas(text))
+def _absolute(text: str, key: str) -> str:
+    """A relative path made absolute, of a comma set each one; URLs as they stand."""
+    parts = storage.split_commas(text) if key in ("source", "reference") else [text]
+    return ",".join(storage.absolute(part) for part in parts)
 
 
 def _follow(client: Any, job_id: str, as_json: bool) -> int:
     """Prints the job's log on stderr and its report on stdout; returns its exit code."""
-    last = asyncio.run(_print_log(client, job_id))
+    report = asyncio.run(_print_log(client, job_id))
     while not (status := client.get_job_status(job_id)).is_terminal():
         time.sleep(0.5)
     code = client.get_job_info(job_id).driver_exit_code
-    if last.startswith("{"):
-        print(last, flush=True)
+    if report and as_json:
+        print(report, flush=True)
+    elif report:
+        cli.show_values(json.loads(report))
     say(f"submit: job {job_id} {status.value.lower()}")
     if code is None:
         return cli.DONE if status.value == "SUCCEEDED" else cli.FAILED
@@ -137,15 +158,19 @@ def _follow(client: Any, job_id: str, as_json: bool) -> int:
 
 
 async def _print_log(client: Any, job_id: str) -> str:
-    """Returns the last line where that is a report (one line of JSON), else nothing."""
+    """Prints all but the report, one line of JSON, which it returns; nothing where the job gave none."""
     held = report = ""
     async for chunk in client.tail_job_logs(job_id):
         *lines, held = (held + chunk).split("\n")
-        for line in lines:
-            report = line if line.startswith("{") and line.endswith("}") else ""
-            if not report:
+        for line in [*lines]:
+            if line.startswith("{") and line.endswith("}"):
+                report = line
+            else:
                 print(line, file=sys.stderr, flush=True)
-    return held or report
+    if held.startswith("{") and held.endswith("}"):
+        return held
+    print(held, file=sys.stderr, end="", flush=True)
+    return report
 
 
 def _how_to_follow(job_id: str, address: str) -> str:

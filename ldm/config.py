@@ -22,7 +22,7 @@ class RequestError(ValueError):
 class Config(pydantic.BaseModel):
     """Base of every stage's configuration: frozen, and a misspelt key is an error."""
 
-    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class _IsLocation:

@@ -5,8 +5,8 @@ against the Random123 test vectors. The key is (seed, purpose); the counter is (
 the noise of a sample is the same on any rank, in any batch, in any order.
 
 Integers are the same everywhere. Gaussians come from Box-Muller in float64 built of +, -, *, / and sqrt alone,
-which IEEE 754 rounds correctly: they are bitwise the same on every device, in every vector width and batch position
-(library logarithms and cosines are not).
+which IEEE 754 rounds correctly: their bits do not depend on vector width, thread count or batch position, nor should
+they on the device (library logarithms and cosines promise none of this).
 """
 
 import hashlib

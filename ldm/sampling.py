@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
@@ -20,6 +19,9 @@ from ldm.latents.manifest import Conditioning, Statistics
 from ldm.sampler import ddim, guided, initial_noise, make_plan, step_noise
 from ldm.snapshot import Snapshot, read_snapshot
 
+GRID_PICTURES = 256
+"""Pictures in the grid at most."""
+
 
 class SampleConfig(Config):
     """Draws pictures from a snapshot, on this machine."""
@@ -30,7 +32,7 @@ class SampleConfig(Config):
     labels: tuple[str, ...] | None = Field(
         None, description="class numbers or names, taken in turn; null: all classes in turn"
     )
-    seed: int = Field(0, ge=0, description="seed of the first picture; picture i has seed + i")
+    seed: int = Field(0, ge=0, le=2**53 - 1, description="seed of the first picture; picture i has seed + i")
     num_inference_steps: int = Field(50, gt=0, description="sampling steps S")
     eta: float = Field(0.0, ge=0, le=1, description="0: deterministic DDIM; 1: as much noise as DDPM")
     guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1: none")
@@ -149,31 +151,43 @@ def resolve_labels(labels: Sequence[str] | None, conditioning: Conditioning, cou
 
 def check(config: SampleConfig) -> Snapshot:
     """Checks the whole request without loading weights. Raises RequestError."""
+    storage.check_writable("output", config.output)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device=cuda: this machine has no GPU that torch can use; give device=cpu or device=auto")
     snapshot = read_snapshot(config.snapshot)
     resolve_labels(config.labels, snapshot.conditioning, config.num_images)
     make_plan(snapshot.diffusion_config, config.num_inference_steps, config.eta)
     return snapshot
 
 
-def sample(config: SampleConfig) -> SampleReport:
-    """Draws `num_images` pictures: one PNG each in `output`, and a grid. Raises RequestError."""
+def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) -> SampleReport:
+    """Draws `num_images` pictures: one PNG each in `output`, written as they are drawn, and a grid of the first.
+
+    progress: called with the number of pictures done. Raises RequestError.
+    """
     labels = resolve_labels(config.labels, check(config).conditioning, config.num_images)
     sampler = load_sampler(config.snapshot, config.batch_size, config.device, config.denoiser_type)
     seeds = torch.arange(config.seed, config.seed + config.num_images)
+    shown: list[Tensor] = []
     started = time.monotonic()
-    pictures = sampler.draw(
-        labels,
-        seeds,
-        num_inference_steps=config.num_inference_steps,
-        eta=config.eta,
-        guidance_scale=config.guidance_scale,
-    ).numpy()
+    for first in range(0, config.num_images, config.batch_size):
+        part = slice(first, first + config.batch_size)
+        pictures = sampler.draw(
+            None if labels is None else labels[part],
+            seeds[part],
+            num_inference_steps=config.num_inference_steps,
+            eta=config.eta,
+            guidance_scale=config.guidance_scale,
+        )
+        for i, picture in enumerate(pictures.numpy(), start=first):
+            storage.write_bytes(storage.join(config.output, f"{i:06d}.png"), images.to_png(picture))
+        shown += list(pictures[: max(0, GRID_PICTURES - first)])
+        if progress is not None:
+            progress(first + len(pictures))
     rate = config.num_images / (time.monotonic() - started)
-    for i, picture in enumerate(pictures):
-        storage.write_bytes(storage.join(config.output, f"{i:06d}.png"), images.to_png(picture))
     grid_url = storage.join(config.output, "grid.png")
-    columns = min(config.num_images, max(8, int(np.sqrt(config.num_images))))
-    storage.write_bytes(grid_url, images.to_png(images.grid(pictures[:256], columns)))
+    columns = min(len(shown), max(10, int(len(shown) ** 0.5)))
+    storage.write_bytes(grid_url, images.to_png(images.grid(torch.stack(shown).numpy(), columns)))
     return SampleReport(config.num_images, round(rate, 2), config.output, grid_url)
 
 

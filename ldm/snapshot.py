@@ -128,18 +128,21 @@ def read_snapshot(url: str, key: str = "snapshot") -> Snapshot:
         raise RequestError(f"{key}={url}: snapshot.json is not of a snapshot; give one that `ldm train` wrote")
     if values["version"] > VERSION:
         raise RequestError(f"{key}={url}: has format version {values['version']}, this program reads up to {VERSION}")
-    return Snapshot(
-        url=url,
-        denoiser=values["denoiser"],
-        diffusion_config=validate(DiffusionConfig, values["diffusion"]),
-        statistics=Statistics(tuple(values["statistics"]["mean"]), tuple(values["statistics"]["std"])),
-        conditioning=Conditioning.from_dict(values["conditioning"]),
-        latent_shape=tuple(values["latent_shape"]),
-        fingerprint=values["fingerprint"],
-        step=values["step"],
-        images_seen=values["images_seen"],
-        weights_sha256=values["weights_sha256"],
-    )
+    try:
+        return Snapshot(
+            url=url,
+            denoiser=values["denoiser"],
+            diffusion_config=validate(DiffusionConfig, values["diffusion"]),
+            statistics=Statistics(tuple(values["statistics"]["mean"]), tuple(values["statistics"]["std"])),
+            conditioning=Conditioning.from_dict(values["conditioning"]),
+            latent_shape=tuple(values["latent_shape"]),
+            fingerprint=values["fingerprint"],
+            step=values["step"],
+            images_seen=values["images_seen"],
+            weights_sha256=values["weights_sha256"],
+        )
+    except (KeyError, TypeError) as error:
+        raise RequestError(f"{key}={url}: snapshot.json is damaged ({type(error).__name__}: {error})") from None
 
 
 def copy_autoencoder(source: str, target: str) -> None:

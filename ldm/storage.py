@@ -159,6 +159,18 @@ def fetch(url: str, target: Path) -> None:
     fs.get_file(path, str(target))
 
 
+def check_writable(key: str, url: str) -> None:
+    """Raises RequestError, for the config key `key`, where a local directory cannot be made or written to."""
+    if not is_local(url):
+        return
+    path = local_path(url).absolute()
+    nearest = next(place for place in [path, *path.parents] if place.exists())
+    if not nearest.is_dir():
+        raise RequestError(f"{key}={url}: {nearest} is a file; give a directory")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RequestError(f"{key}={url}: {nearest} cannot be written to; give another directory")
+
+
 def remove(url: str) -> None:
     """Removes a file or a directory with all that is in it; nothing there is no error."""
     fs, path = open_fs(url)

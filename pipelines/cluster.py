@@ -2,7 +2,9 @@
 
 import contextlib
 import logging
+import math
 import os
+import platform
 import signal
 import sys
 import threading
@@ -34,12 +36,14 @@ def ray_session() -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": _workers_speak(), "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        if address.startswith(("http://", "https://")):
+            raise RequestError(f"RAY_ADDRESS={address}: is a dashboard; give HEAD:6379, or use `ldm submit`")
         try:
             ray.init(address="auto", **quiet)
-        except ConnectionError as error:
+        except (ConnectionError, ValueError, RuntimeError) as error:
             text = " ".join(str(error).split())[:160]
-            raise RequestError(f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray answers there ({text})") from None
+            raise RequestError(f"RAY_ADDRESS={address}: no Ray takes us there ({text})") from None
         try:
             yield
         finally:
@@ -58,16 +62,38 @@ def ray_session() -> Iterator[None]:
 
 
 def resources_per_worker(num_workers: int, device: str) -> tuple[dict[str, float], int]:
-    """(Ray resources of one worker, its CPU threads): a whole GPU each, or an equal share of the CPU cores."""
+    """(Ray resources of one worker, its CPU threads): a whole GPU each, or an equal share of the CPU cores.
+
+    Raises RequestError where the cluster has fewer GPUs than workers, or no CPU.
+    """
     import ray
 
-    nodes = [node["Resources"].get("CPU", 1.0) for node in ray.nodes() if node["Alive"]]
-    equal = sum(nodes) / num_workers
-    # A worker must fit on one node. Workers may outnumber the cores (tests, trials): they then share them.
-    share = min(float(max(1, int(equal))), equal, max(nodes))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = [int(node.get("CPU", 0)) for node in nodes]  # a head without work has none
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if device == "cuda" and gpus < num_workers:
+        raise RequestError(f"num_workers={num_workers}: the cluster has {gpus} GPUs; give at most {gpus}")
+    if not any(cpus):
+        raise RequestError(f"num_workers={num_workers}: the cluster has no CPU for a worker; add a node")
+    # The largest whole share of which enough fit on the nodes.
+    share = max((s for s in range(1, max(cpus) + 1) if sum(c // s for c in cpus) >= num_workers), default=0)
     if device == "cuda":
-        return {"CPU": min(1.0, share), "GPU": 1.0}, max(1, int(share))
-    return {"CPU": share}, max(1, int(share))
+        return {"CPU": 1.0 if share else 0.0, "GPU": 1.0}, max(1, share)
+    if share:
+        return {"CPU": float(share)}, share
+    # More workers than cores (tests, trials): they share the cores, in the steps of 1/10,000 that Ray counts in.
+    each_node = -(-num_workers // sum(c > 0 for c in cpus))
+    return {"CPU": math.floor(min(c for c in cpus if c) / each_node * 1e4) / 1e4}, 1
+
+
+def describe() -> dict[str, str]:
+    """Tags that say where a run ran: host, nodes, and what they have."""
+    import ray
+
+    total = ray.cluster_resources()
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    device = f"{total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU on {len(nodes)} nodes"
+    return {"host": platform.node(), "device": device}
 
 
 def resolve_device(device: str) -> str:

@@ -27,6 +27,7 @@ from ldm.latents.manifest import (
     commit_generation,
     fingerprint_hash,
     make_fingerprint,
+    read_manifest,
     read_receipts,
 )
 from ldm.latents.writer import ShardWriter
@@ -94,6 +95,7 @@ class EncodePlan:
 
 def plan(config: EncodeConfig) -> EncodePlan:
     """Checks the whole request, without Ray. Raises RequestError."""
+    storage.check_writable("destination", config.destination)
     autoencoder = load_autoencoder(config.autoencoder)  # its weights are part of the fingerprint
     factor = autoencoder.factor
     if config.image_size % factor:
@@ -146,7 +148,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
             raise RequestError(f"source={config.source}: holds no picture that can be encoded ({total})")
         shard_receipts = list(receipts.values())
         generation = commit_generation(
-            config.destination, shard_receipts, fingerprint, todo.autoencoder, todo.class_names
+            config.destination, shard_receipts, fingerprint, todo.autoencoder, _class_names(config, todo)
         )
         rate = new.encoded / (time.monotonic() - started)
         say(f"encode: {total}")
@@ -164,6 +166,13 @@ def encode(config: EncodeConfig) -> EncodeReport:
         generation=generation,
         exit_code=3 if total.quarantined > config.max_quarantined * total.inputs else 0,
     )
+
+
+def _class_names(config: EncodeConfig, todo: EncodePlan) -> tuple[str, ...]:
+    """The names that were asked for, else those that the data set has already."""
+    if todo.class_names or not storage.exists(storage.join(config.destination, "manifest.json")):
+        return todo.class_names
+    return read_manifest(config.destination, key="destination").conditioning.names
 
 
 class ShardEncoder:

@@ -30,6 +30,7 @@ class Progress:
     def advance_to(self, done: int, note: str = "") -> None:
         """Shows that `done` units are done; `note` stands behind the figures."""
         if self._bar is not None:
+            self._bar.total = self.total
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(done - self.done)
         elif time.monotonic() - self._last > _EVERY_S:

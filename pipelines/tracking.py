@@ -80,7 +80,7 @@ class Tracker:
                 self.run_id = self._create_run()
         except Exception as error:  # any client, server or network fault
             text = " ".join(str(error).split())[:200]
-            if self.ends_run:  # nothing has begun yet
+            if self.ends_run and self.run_id is None:  # nothing has begun yet
                 raise RequestError(
                     f"tracking.uri={self.config.uri}: cannot be written to ({text}); "
                     "give another, or tracking.enabled=false"
@@ -222,6 +222,7 @@ def _quiet() -> None:
     import logging
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default of 7 keeps a stage waiting for minutes
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("mlflow", "alembic"):

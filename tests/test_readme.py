@@ -34,6 +34,7 @@ def test_the_path_on_ones_own_pictures(
         image_shard(tmp_path / "shards" / f"train-{number:05d}.tar", samples(12, start=12 * number))
     tiny_model().save_pretrained(tmp_path / "vae")
     commands = console_commands("On your own pictures")
+    assert commands.pop(0) == ["source", ".venv/bin/activate"]
     assert [command[:2] for command in commands] == [
         ["ldm", verb] for verb in ("encode", "train", "sample", "serve", "evaluate")
     ]

@@ -209,7 +209,10 @@ def commit_generation(
     ]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), buffer)
-    num_classes = max(max(r.max_label for r in kept) + 1, len(class_names))
+    highest = max(r.max_label for r in kept)
+    if class_names and len(class_names) <= highest:
+        raise RequestError(f"class_names: gives {len(class_names)} names, but the labels go up to {highest}; name all")
+    num_classes = max(highest + 1, len(class_names))
     conditioning = Conditioning("class", num_classes, class_names) if num_classes else Conditioning()
     manifest = {
         "format": FORMAT,

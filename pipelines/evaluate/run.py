@@ -41,7 +41,9 @@ class EvaluateConfig(Config):
         0.1, ge=0, lt=1, description="share of the reference, by a hash of the id, that training held out too"
     )
     max_reference: int = Field(20_000, gt=1, description="reference pictures read at most, the first ones")
-    seed: int = Field(0, ge=0, description="picture i has seed + i; also of the classifier and the intervals")
+    seed: int = Field(
+        0, ge=0, le=2**53 - 1, description="picture i has seed + i; also of the classifier and the intervals"
+    )
     num_inference_steps: int = Field(50, gt=0, description="sampling steps S")
     eta: float = Field(0.0, ge=0, le=1, description="0: deterministic DDIM; 1: as much noise as DDPM")
     guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1: none")
@@ -83,6 +85,7 @@ class EvaluatePlan:
 
 def plan(config: EvaluateConfig) -> EvaluatePlan:
     """Checks the request without weights and without Ray. Raises RequestError."""
+    storage.check_writable("output", config.output)
     snapshot = read_snapshot(config.snapshot)
     unconditional = snapshot.conditioning.type == "none"
     if unconditional and config.features == "classifier":

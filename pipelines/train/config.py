@@ -1,6 +1,6 @@
 """What a training run is asked for, and which of it may change when the run goes on."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -8,6 +8,8 @@ from ldm.config import Config, Location
 from ldm.denoiser import DenoiserConfig
 from ldm.diffusion import DiffusionConfig
 from pipelines.tracking import TrackingConfig
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EmaConfig(Config):
@@ -29,10 +31,10 @@ class TrainConfig(Config):
     learning_rate: float = Field(1e-4, gt=0, description="of AdamW, after the warm-up")
     warmup_images: int = Field(0, ge=0, description="images over which the learning rate rises from 0")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    adam_betas: tuple[float, float] = Field((0.9, 0.999), description="of AdamW")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     gradient_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     holdout: float = Field(0.0, ge=0, lt=1, description="share of the samples, by a hash of the id, never trained on")
-    seed: int = Field(0, ge=0, description="of order, noise, timesteps, dropped labels and fresh weights")
+    seed: int = Field(0, ge=0, le=2**53 - 1, description="of order, noise, timesteps, dropped labels and fresh weights")
     num_workers: int = Field(1, gt=0, description="Ray Train workers: one GPU each, or a share of the CPU cores")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 master weights")

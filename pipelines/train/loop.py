@@ -83,7 +83,8 @@ class Worker:
         self.device = self.engine.device
         self.diffusion = Diffusion(config.diffusion, self.device)
         self.ema = Ema(self.engine.state, [EmaProfile(EMA_PROFILE, config.ema.decay)])
-        self.checkpoint = newest_checkpoint(config.output)
+        # One rank decides for all: they might not see the same newest one.
+        self.checkpoint: str | None = zero.all_gather(newest_checkpoint(config.output))[0]
         progress = {}
         if self.checkpoint:
             progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather)
@@ -97,6 +98,8 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         """Trains from `first_step` to `max_steps`; returns the report's values."""
+        if self.checkpoint:
+            self._write_snapshot()  # which a kill after the checkpoint may have prevented
         started = time.monotonic()
         self._window = self._new_window()
         self._show()
@@ -115,8 +118,6 @@ class Worker:
                 if self.step % self.config.checkpoint_every == 0 or last:
                     self._save()
                 self._show()
-        if self.step == self.first_step:  # nothing to do: the snapshot may be what the last run did not get to
-            self._write_snapshot()
         images = (self.step - self.first_step) * self.config.global_batch_size
         return {
             "snapshot": self.snapshot,
@@ -137,7 +138,7 @@ class Worker:
             num_classes=dataset.num_classes or None,
             seed=config.seed,
         )
-        if config.init_from:
+        if config.init_from and newest_checkpoint(config.output) is None:
             weights = read_snapshot(config.init_from, "init_from").load_denoiser(denoiser_type=config.denoiser.type)
             denoiser.load_state_dict(weights.state_dict())
         settings = zero.deepspeed_config(

@@ -1,10 +1,9 @@
 """The driver's side of training: checks the request, claims the output, asks Ray Train for workers, shows progress."""
 
 import contextlib
-import shutil
 import tempfile
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +27,7 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What scripts may rely on. loss: mean over the last `log_every` steps; None where none was applied."""
+    """What scripts may rely on. loss: mean since the last point of the log; None where no step was applied."""
 
     snapshot: str
     checkpoint: str
@@ -44,6 +43,7 @@ class TrainPlan:
     """What a run will do. generation: of the latent dataset, fixed for the whole run."""
 
     generation: str
+    fingerprint: str
     num_samples: int
     parameters: int
     checkpoint: str | None
@@ -52,7 +52,9 @@ class TrainPlan:
 
 def plan(config: TrainConfig) -> TrainPlan:
     """Checks the whole request without starting a worker. Raises RequestError."""
-    record = _read_record(config)
+    storage.check_writable("output", config.output)
+    checkpoint = newest_checkpoint(config.output)
+    record = _read_record(config, checkpoint)
     generation = record["generation"] if record else None
     dataset = LatentDataset(
         config.latents,
@@ -68,15 +70,15 @@ def plan(config: TrainConfig) -> TrainPlan:
             sample_size=dataset.latent_shape[1:],
             num_classes=dataset.num_classes or None,
         )
-    if config.init_from:
-        read_snapshot(config.init_from, "init_from")
-    checkpoint = newest_checkpoint(config.output)
+    if config.init_from and checkpoint is None:
+        _check_init_from(config, dataset)
     if config.resume == "required" and checkpoint is None:
         raise RequestError(f"resume=required: {config.output} holds no checkpoint; give resume=auto to begin")
-    if config.resume == "never" and (record or checkpoint):
+    if config.resume == "never" and checkpoint:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
-    return TrainPlan(dataset.manifest.generation, dataset.num_samples, parameters, checkpoint, record)
+    fingerprint = fingerprint_hash(dataset.manifest.fingerprint)
+    return TrainPlan(dataset.manifest.generation, fingerprint, dataset.num_samples, parameters, checkpoint, record)
 
 
 def train(config: TrainConfig) -> TrainReport:
@@ -84,6 +86,8 @@ def train(config: TrainConfig) -> TrainReport:
 
     Raises RequestError; RuntimeError where the workers failed more than `max_failures` times.
     """
+    if config.init_from:  # part of what a run began with: the same from any folder
+        config = config.model_copy(update={"init_from": storage.absolute(config.init_from)})
     todo = plan(config)
     config = config.model_copy(
         update={
@@ -102,7 +106,7 @@ def train(config: TrainConfig) -> TrainReport:
     ):
         if todo.record is None or tracker.run_id != run_id:
             _write_record(config, todo, tracker.run_id)
-            tracker.tag({"generation": todo.generation})
+            tracker.tag({"generation": todo.generation, "fingerprint": todo.fingerprint, **cluster.describe()})
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {todo.num_samples:,} samples")
         result = _run_workers(config, todo, tracker.run_id)
@@ -140,10 +144,28 @@ def _check_batch(config: TrainConfig) -> None:
         )
 
 
-def _read_record(config: TrainConfig) -> dict[str, Any] | None:
-    """What the run in `output` began with. Raises RequestError where this request would change what it learns."""
+def _check_init_from(config: TrainConfig, dataset: LatentDataset) -> None:
+    """Raises RequestError where the snapshot's weights do not fit the denoiser that is asked for."""
+    snapshot = read_snapshot(str(config.init_from), "init_from")
+    asked = config.denoiser.model_dump(mode="json", exclude={"label_dropout"})
+    found = {key: snapshot.denoiser.get(key) for key in asked}
+    if found["type"] == "custom":
+        found["type"] = asked["type"] if asked["type"] != "dit" else "custom"
+    lines = differences(
+        {**found, "latent_shape": list(snapshot.latent_shape), "num_classes": snapshot.conditioning.num_classes},
+        {**asked, "latent_shape": list(dataset.latent_shape), "num_classes": dataset.num_classes},
+    )
+    if lines:
+        raise RequestError(f"init_from={config.init_from}: does not fit this run ({'; '.join(lines)})")
+
+
+def _read_record(config: TrainConfig, checkpoint: str | None) -> dict[str, Any] | None:
+    """What the run in `output` began with; None where it never came to a checkpoint, and so binds nobody.
+
+    Raises RequestError where this request would change what it learns.
+    """
     url = storage.join(config.output, RUN_FILE)
-    if not storage.exists(url):
+    if checkpoint is None or not storage.exists(url):
         return None
     record: dict[str, Any] = storage.read_json(url)
     changed = differences(record["trajectory"], trajectory(config))
@@ -156,7 +178,6 @@ def _read_record(config: TrainConfig) -> dict[str, Any] | None:
 
 
 def _write_record(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> None:
-    manifest = LatentDataset(config.latents, global_batch_size=1, generation=todo.generation).manifest
     storage.write_json(
         storage.join(config.output, RUN_FILE),
         {
@@ -164,8 +185,7 @@ def _write_record(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> N
             "version": 1,
             "trajectory": trajectory(config),
             "generation": todo.generation,
-            "fingerprint": fingerprint_hash(manifest.fingerprint),
-            "accounting": asdict(manifest.accounting),
+            "fingerprint": todo.fingerprint,
             "run_id": run_id,
         },
     )
@@ -201,8 +221,7 @@ def _run_workers(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> di
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise RuntimeError(f"training failed: {lines[-1]}") from error
     finally:
-        if storage.is_local(scratch):
-            shutil.rmtree(scratch, ignore_errors=True)
+        storage.remove(scratch if filesystem is None else storage.join(config.output, ".ray"))
     status: dict[str, Any] = ray.get(board.read.remote())
     return dict(status["result"])
 

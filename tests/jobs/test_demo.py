@@ -10,7 +10,7 @@ import yaml
 from jobs import cli
 from ldm.snapshot import read_snapshot
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 
 SHORTER: dict[str, dict[str, Any]] = {
     "demo-first-stage": {"epochs": 1},

@@ -18,7 +18,7 @@ from ldm.autoencoder import Autoencoder
 from pipelines.train.checkpoint import newest_checkpoint
 from tests.pictures import kl_model, latent_dataset
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
 
 

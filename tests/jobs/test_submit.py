@@ -105,10 +105,6 @@ def test_the_exit_code_of_the_job_is_passed_on(
     done = submit(*ENCODE, "retry=0", "tracking.enabled=false")
     assert done.returncode == 1, done.stderr
     assert "error: 1 of 1 shards failed" in done.stderr
-    (tmp_path / "in-0.tar").unlink()
-    done = submit(*ENCODE, "tracking.enabled=false")
-    assert done.returncode == 2
-    assert f"error: source={tmp_path}/in-0.tar: does not exist" in done.stderr
 
 
 def test_without_the_token_nothing_is_submitted(
@@ -121,6 +117,7 @@ def test_without_the_token_nothing_is_submitted(
     assert done.stderr.startswith("error: --address=http://127.0.0.1:") and done.stderr.count("\n") == 1
 
 
+@pytest.mark.faults
 def test_ctrl_c_detaches_and_says_how_to_follow(cluster: dict[str, str], tmp_path: Path) -> None:
     image_shard(tmp_path / "in-0.tar", samples(5))
     kl_model().save_pretrained(tmp_path / "vae")

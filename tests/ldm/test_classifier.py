@@ -6,6 +6,8 @@ import torch
 from ldm.classifier import Classifier, _shifted, train_classifier
 from ldm.digits import load_digit_pictures
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def split():

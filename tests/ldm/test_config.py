@@ -122,7 +122,7 @@ def test_the_last_override_wins_and_null_can_be_overridden_from_below():
         ("pair=[1, x]", "pair=x: input should be a valid integer, unable to parse string as an integer"),
         ("source=null", "source=null: input should be a valid string; or input should be a valid tuple"),
         ("inner=3", "inner=3: input should be a valid dictionary or instance of Inner"),
-        ("inner.rate=nan", "inner.rate=nan: input should be greater than 0"),
+        ("inner.rate=nan", "inner.rate=nan: input should be a finite number"),
         ("pair=[1", "pair=[1: input should be a valid tuple"),
         ("size", "'size': is no option and no key=value pair"),
         ("=3", "'=3': is no option and no key=value pair"),

@@ -203,7 +203,9 @@ def test_a_missing_label_is_the_null_class(kl, tmp_path):
         for n, label in enumerate((0, None, 4)):
             writer.add(str(n), records(1)[0], label=label)
         receipt = writer.commit(1, "0")
-    commit_generation(url, [receipt], fingerprint, kl, class_names=("a", "b"))
+    with pytest.raises(RequestError, match="class_names: gives 2 names, but the labels go up to 4"):
+        commit_generation(url, [receipt], fingerprint, kl, class_names=("a", "b"))
+    commit_generation(url, [receipt], fingerprint, kl, class_names=tuple("abcde"))
     data = LatentDataset(url, global_batch_size=3)
-    assert data.num_classes == 5 and data.manifest.conditioning.names == ("a", "b")
+    assert data.num_classes == 5 and data.manifest.conditioning.names == tuple("abcde")
     assert data.all().labels.tolist() == [0, 5, 4]

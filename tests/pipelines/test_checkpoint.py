@@ -28,6 +28,8 @@ from pipelines.train.checkpoint_files import CheckpointError, read_marker
 from pipelines.train.ema import Ema, EmaProfile
 from tests.pipelines import gloo, tiny
 
+pytestmark = pytest.mark.slow
+
 CASES = [(stage, precision) for stage in zero.STAGES for precision in zero.PRECISIONS]
 PROFILES = (EmaProfile("fast", 0.5), EmaProfile("slow", 0.999))
 SAVED, TRAINED = 3, 6  # steps

@@ -213,6 +213,7 @@ def kill_one_encoder(destination: Path, killed: list[int], stop: threading.Event
 
 
 @pytest.mark.ray
+@pytest.mark.faults
 def test_a_killed_encoder_loses_nothing(ray_session, vae, tmp_path, capsys):
     for shard in range(4):
         content = [

@@ -101,6 +101,7 @@ class TestReference:
             read_reference({"cut": str(path)}, read_snapshot(snapshot), 0.0, 10_000)
 
 
+@pytest.mark.slow
 class TestMeasures:
     def test_pictures_never_seen_are_as_good_as_the_floor(self, reference: Reference, classifier: Classifier) -> None:
         perfect = reference.holdout

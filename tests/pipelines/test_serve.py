@@ -241,6 +241,7 @@ class TestPlan:
             serve.plan(serve.ServeConfig(snapshot=str(tmp_path)))
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_why_a_replica_does_not_start_is_told_in_one_line(ray_session: None, tmp_path: Path) -> None:
     url = write_tiny_snapshot(tmp_path / "custom")
@@ -260,6 +261,7 @@ serve_forever(ServeConfig(snapshot=sys.argv[1], port=int(sys.argv[2]), batch_siz
 """
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_serve_forever_ends_on_sigterm_and_leaves_no_process(snapshot: str, free_port: Callable[[], int]) -> None:
     port = free_port()

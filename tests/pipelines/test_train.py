@@ -108,6 +108,7 @@ def test_a_run_reports_and_leaves_a_snapshot_that_draws(latents: str, uninterrup
     assert drawn.images == 3 and len(list(tmp_path.glob("00000?.png"))) == 3
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_worker_killed_with_sigkill_changes_no_bit(latents: str, uninterrupted: Run, tmp_path: Path) -> None:
     output, killed = tmp_path / "killed", []
@@ -187,6 +188,7 @@ def test_a_denoiser_of_ones_own_plugs_in_by_name(
     assert sample(SampleConfig(**draw, denoiser_type="custom_denoiser:MyDenoiser")).images == 2
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_workers_that_fail_to_the_end_are_an_error_with_the_cause(
     latents: str, uninterrupted: Run, tmp_path: Path

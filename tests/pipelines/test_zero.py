@@ -15,6 +15,8 @@ from pipelines.train import zero
 from pipelines.train.ema import Ema, EmaProfile
 from tests.pipelines import gloo, tiny
 
+pytestmark = pytest.mark.slow
+
 CASES = [(stage, precision) for stage in zero.STAGES for precision in zero.PRECISIONS]
 PROFILES = (EmaProfile("short", 0.3), EmaProfile("long", 0.999))
 STEPS = 5
