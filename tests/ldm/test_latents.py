@@ -9,6 +9,7 @@ import torch
 import webdataset
 
 from ldm import storage
+from ldm.config import RequestError
 from ldm.latents import dataset as dataset_module
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import (
