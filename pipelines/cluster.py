@@ -75,15 +75,24 @@ def resources_per_worker(num_workers: int, device: str) -> tuple[dict[str, float
         raise RequestError(f"num_workers={num_workers}: the cluster has {gpus} GPUs; give at most {gpus}")
     if not any(cpus):
         raise RequestError(f"num_workers={num_workers}: the cluster has no CPU for a worker; add a node")
-    # The largest whole share of which enough fit on the nodes.
-    share = max((s for s in range(1, max(cpus) + 1) if sum(c // s for c in cpus) >= num_workers), default=0)
+    share = cpu_share(cpus, num_workers)
+    threads = max(1, int(share))
     if device == "cuda":
-        return {"CPU": 1.0 if share else 0.0, "GPU": 1.0}, max(1, share)
-    if share:
-        return {"CPU": float(share)}, share
-    # More workers than cores (tests, trials): they share the cores, in the steps of 1/10,000 that Ray counts in.
-    each_node = -(-num_workers // sum(c > 0 for c in cpus))
-    return {"CPU": math.floor(min(c for c in cpus if c) / each_node * 1e4) / 1e4}, 1
+        return {"CPU": min(1.0, share), "GPU": 1.0}, threads
+    return {"CPU": share}, threads
+
+
+def cpu_share(nodes: list[int], num_workers: int) -> float:
+    """CPUs of each of `num_workers`, all of which fit on nodes of so many CPUs.
+
+    The largest whole number; where there are more workers than cores (tests, trials), an equal part of one.
+    """
+    whole = [s for s in range(1, max(nodes) + 1) if sum(cpus // s for cpus in nodes) >= num_workers]
+    if whole:
+        return float(max(whole))
+    used = [cpus for cpus in nodes if cpus]
+    workers_on_each = -(-num_workers // len(used))
+    return math.floor(min(used) / workers_on_each * 1e4) / 1e4  # Ray counts in steps of 1/10,000
 
 
 def describe() -> dict[str, str]:

@@ -1,0 +1,36 @@
+"""How workers are sized, and which addresses are refused."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipelines.cluster import cpu_share
+
+
+@pytest.mark.parametrize(
+    ("nodes", "num_workers", "share"),
+    [
+        ([2], 2, 1.0),
+        ([4], 1, 4.0),
+        ([16], 3, 5.0),
+        ([5, 5], 3, 2.0),  # 3 each would leave the third worker without a place
+        ([0, 8], 3, 2.0),  # a head without work
+        ([2], 3, 0.6666),
+        ([1, 1], 3, 0.5),
+    ],
+)
+def test_every_worker_has_a_place(nodes: list[int], num_workers: int, share: float) -> None:
+    assert cpu_share(nodes, num_workers) == share
+    places = sum(int(cpus / share + 1e-9) for cpus in nodes)
+    assert places >= num_workers
+
+
+def test_the_address_of_a_dashboard_is_not_that_of_a_cluster() -> None:
+    """In a process of its own, where no Ray runs yet."""
+    program = "from pipelines.cluster import ray_session\nwith ray_session(): pass"
+    environment = {**os.environ, "RAY_ADDRESS": "http://127.0.0.1:8265", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert "RequestError: RAY_ADDRESS=http://127.0.0.1:8265: is a dashboard; give HEAD:6379" in done.stderr
