@@ -95,6 +95,13 @@ def cpu_share(nodes: list[int], num_workers: int) -> float:
     return math.floor(min(used) / workers_on_each * 1e4) / 1e4  # Ray counts in steps of 1/10,000
 
 
+def use_threads(threads: int) -> None:
+    """Sets torch's threads in this worker: not more than it has cores, for Ray's CPUs are what somebody said."""
+    import torch
+
+    torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
+
+
 def describe() -> dict[str, str]:
     """Tags that say where a run ran: host, nodes, and what they have."""
     import ray

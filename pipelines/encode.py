@@ -179,7 +179,7 @@ class ShardEncoder:
     """A Ray actor: one autoencoder, and threads that decode ahead of it."""
 
     def __init__(self, config: EncodeConfig, fingerprint: str, device: str, threads: int) -> None:
-        torch.set_num_threads(threads)
+        cluster.use_threads(threads)
         self.config, self.fingerprint = config, fingerprint
         self.autoencoder = load_autoencoder(storage.join(config.destination, "autoencoder"), device, config.precision)
         self.decoders = ThreadPoolExecutor(max(2, threads))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from pydantic import Field
 
 from ldm import storage
@@ -115,7 +114,7 @@ def _application(config: ServeConfig) -> Any:
     url = storage.absolute(config.snapshot)
 
     def build() -> "FastAPI":
-        torch.set_num_threads(threads)
+        cluster.use_threads(threads)
         sampler = load_sampler(url, config.batch_size, device, config.denoiser_type)
         return create_app(Engine(sampler, config.max_waiting), read_snapshot(url), config.max_images)
 

@@ -20,6 +20,7 @@ from ldm.denoiser import build_denoiser
 from ldm.diffusion import Diffusion
 from ldm.latents.dataset import LatentBatch, LatentDataset, draw_latents
 from ldm.snapshot import read_snapshot, write_snapshot
+from pipelines import cluster
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
 from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, prune, read_full, save_checkpoint
@@ -41,7 +42,7 @@ def train_worker(job: dict[str, Any]) -> None:
         str(context.get_world_size()),
     )
     os.environ["DS_ACCELERATOR"] = job["device"]
-    torch.set_num_threads(job["threads"])
+    cluster.use_threads(job["threads"])
     config = validate(TrainConfig, job["config"])
     board = job["board"] if context.get_world_rank() == 0 else None
     run_id = job["run_id"]
