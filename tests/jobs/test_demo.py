@@ -15,7 +15,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults]
 SHORTER: dict[str, dict[str, Any]] = {
     "demo-first-stage": {"epochs": 1},
     "demo-train": {"max_steps": 12, "checkpoint_every": 6, "log_every": 3},
-    "demo-resume-check": {"max_steps": 8, "checkpoint_every": 2},
     "demo-evaluate": {"num_images": 40, "num_inference_steps": 4},
     "demo-sample": {"num_inference_steps": 4},
 }
