@@ -112,6 +112,13 @@ def describe() -> dict[str, str]:
     return {"host": platform.node(), "device": device}
 
 
+def has_dashboard() -> bool:
+    """Whether the Ray that we are connected to has a dashboard; one that was started here has none."""
+    from ray._private.worker import get_dashboard_url
+
+    return bool(get_dashboard_url())
+
+
 def resolve_device(device: str) -> str:
     """`auto` => "cuda" where the cluster has a GPU, else "cpu". Raises RequestError for a GPU that is not there."""
     import ray
