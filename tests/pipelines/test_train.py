@@ -151,7 +151,13 @@ def test_the_same_command_goes_on_with_the_same_bits_and_logs_no_point_twice(
     assert client.get_run(report.run_id).info.status == "FINISHED"
     points = client.get_metric_history(report.run_id, "train/loss")
     assert [point.step for point in points] == [16, 32, 48, 64, 80]  # images seen
-    assert client.get_run(report.run_id).data.params["denoiser.hidden_size"] == "16"
+    run = client.get_run(report.run_id)
+    assert run.data.params["denoiser.hidden_size"] == "16"
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.digest, data.tags[0].value) == (plan(again).generation, "training")
+    models = {output.step: client.get_logged_model(output.model_id) for output in run.outputs.model_outputs}
+    assert sorted(models) == [64, 80]  # the last snapshot of each of the two times, at its images seen
+    assert models[80].params["snapshot"] == report.snapshot
 
 
 @pytest.mark.ray
