@@ -82,12 +82,16 @@ class EncodeReport:
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What a run will do. `todo` and `done` are names of shards. sizes: bytes of every input, by URL."""
+    """What a run will do. `todo` and `done` are names of shards. sizes: bytes of every input, by URL.
+
+    output_bytes: an estimate of what is written; None where the first shard cannot be read.
+    """
 
     urls: dict[str, str]
     sizes: dict[str, int]
     todo: tuple[str, ...]
     done: dict[str, ShardReceipt]
+    output_bytes: int | None
     class_names: tuple[str, ...]
     autoencoder: Autoencoder
     fingerprint: dict[str, Any]
@@ -126,7 +130,23 @@ def plan(config: EncodeConfig) -> EncodePlan:
             )
     names = shards.read_class_names(config.class_names) if config.class_names else ()
     todo = tuple(name for name in urls if name not in receipts)
-    return EncodePlan(urls, sizes, todo, receipts, names, autoencoder, fingerprint)
+    needed = _output_bytes(config, autoencoder, {urls[name]: sizes[urls[name]] for name in todo})
+    remedy = "give a destination on a larger disk, or a smaller max_shards"
+    storage.check_space("destination", config.destination, needed or 0, remedy)
+    return EncodePlan(urls, sizes, todo, receipts, needed, names, autoencoder, fingerprint)
+
+
+def _output_bytes(config: EncodeConfig, autoencoder: Autoencoder, sizes: dict[str, int]) -> int | None:
+    """An estimate of what inputs (URL => bytes) give, from the head of the first; None where that cannot be read."""
+    if not sizes:
+        return 0
+    per_sample = shards.bytes_per_sample(next(iter(sizes)))
+    if per_sample is None:
+        return None
+    parts = 2 if config.store == "moments" and not autoencoder.deterministic else 1
+    latent = parts * autoencoder.latent_channels * (config.image_size // autoencoder.factor) ** 2
+    overhead = 1024 + 100  # of the tar; of index and columns
+    return round(sum(sizes.values()) / per_sample * (2 * latent + overhead))
 
 
 def encode(config: EncodeConfig) -> EncodeReport:
