@@ -21,6 +21,7 @@ from pipelines.train.checkpoint import newest_checkpoint
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig, trajectory
 from pipelines.train.loop import snapshot_url, train_worker
+from pipelines.train.space import check_space
 
 RUN_FILE = "run.json"
 
@@ -45,6 +46,7 @@ class TrainPlan:
     manifest: Manifest
     num_samples: int
     parameters: int
+    output_bytes: int  # that the rest of the run adds at most
     checkpoint: str | None
     record: dict[str, Any] | None  # of the run that goes on
 
@@ -84,7 +86,8 @@ def plan(config: TrainConfig) -> TrainPlan:
     if config.resume == "never" and checkpoint:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
-    return TrainPlan(dataset.manifest, dataset.num_samples, parameters, checkpoint, record)
+    output_bytes = check_space(config, parameters)
+    return TrainPlan(dataset.manifest, dataset.num_samples, parameters, output_bytes, checkpoint, record)
 
 
 def train(config: TrainConfig) -> TrainReport:
