@@ -3,6 +3,7 @@
 import sys
 
 from jobs.cli import main
+from ldm import storage
 from ldm.config import Config
 from pipelines.encode import EncodeConfig as StageConfig
 from pipelines.encode import encode as run
@@ -15,9 +16,10 @@ def dry_run(config: Config) -> str:
     """Checks the request; returns what would be done."""
     assert isinstance(config, StageConfig)
     todo = plan(config)
+    size = "" if todo.output_bytes is None else f", about {storage.readable(todo.output_bytes)}"
     return (
-        f"encode {len(todo.todo)} of {len(todo.urls)} shards ({todo.input_bytes / 1e6:.1f} MB), "
-        f"{len(todo.urls) - len(todo.todo)} are there already, into {config.destination}"
+        f"encode {len(todo.todo)} of {len(todo.urls)} shards ({storage.readable(todo.input_bytes)}), "
+        f"{len(todo.urls) - len(todo.todo)} are there already, into {config.destination}{size}"
     )
 
 

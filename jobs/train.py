@@ -3,6 +3,7 @@
 import sys
 
 from jobs.cli import main
+from ldm import storage
 from ldm.config import Config
 from pipelines.train import TrainConfig as StageConfig
 from pipelines.train import plan
@@ -20,7 +21,7 @@ def dry_run(config: Config) -> str:
         f"train {todo.parameters / 1e6:.1f} M parameters on {todo.num_samples:,} samples "
         f"(generation {todo.generation}) to step {config.max_steps:,} ({epochs:.1f} epochs), "
         f"{config.num_workers} workers, ZeRO-{config.zero_stage}, {config.precision}, "
-        f"from {todo.checkpoint or 'fresh weights'}"
+        f"from {todo.checkpoint or 'fresh weights'}, writes up to {storage.readable(todo.output_bytes)}"
     )
 
 

@@ -6,6 +6,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import BinaryIO, cast
 
 from ldm import storage
@@ -18,10 +19,11 @@ PICTURE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff",
 
 @dataclass
 class RawSample:
-    """One sample as it stands in the tar: its members by extension."""
+    """One sample as it stands in the tar: its members by extension. offset: where it begins there, bytes."""
 
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
+    offset: int = field(default=0, compare=False)
 
     @property
     def picture(self) -> bytes | None:
@@ -70,6 +72,19 @@ class ShardReader:
         if hashed.tail.strip(b"\0"):
             raise tarfile.ReadError("its end marker is missing, so it was cut off")
         self.bytes_read, self.sha256 = hashed.count, hashed.digest.hexdigest()
+
+
+def bytes_per_sample(url: str, most: int = 64) -> float | None:
+    """Bytes of the tar for each sample, on average over its first `most`; None where they cannot be read."""
+    count = offset = 0
+    try:
+        for sample in islice(ShardReader(url), most + 1):
+            count, offset = count + 1, sample.offset
+    except (tarfile.TarError, OSError):
+        return None
+    if count > most:
+        return offset / most
+    return storage.size(url) / count if count else None
 
 
 def shard_names(urls: list[str]) -> dict[str, str]:
@@ -132,7 +147,7 @@ def _group(tar: tarfile.TarFile) -> Iterator[RawSample]:
         if current is None or current.key != key or extension.lower() in current.members:
             if current is not None:
                 yield current
-            current = RawSample(key)
+            current = RawSample(key, offset=member.offset)
         current.members[extension.lower()] = data
     if current is not None:
         yield current

@@ -31,7 +31,7 @@ from ldm.latents.manifest import (
     read_receipts,
 )
 from ldm.latents.writer import ShardWriter
-from pipelines import cluster
+from pipelines import cluster, lineage
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker, TrackingConfig
 
@@ -82,15 +82,24 @@ class EncodeReport:
 
 @dataclass(frozen=True)
 class EncodePlan:
-    """What a run will do. `todo` and `done` are names of shards."""
+    """What a run will do. `todo` and `done` are names of shards. sizes: bytes of every input, by URL.
+
+    output_bytes: an estimate of what is written; None where the first shard cannot be read.
+    """
 
     urls: dict[str, str]
+    sizes: dict[str, int]
     todo: tuple[str, ...]
     done: dict[str, ShardReceipt]
-    input_bytes: int
+    output_bytes: int | None
     class_names: tuple[str, ...]
     autoencoder: Autoencoder
     fingerprint: dict[str, Any]
+
+    @property
+    def input_bytes(self) -> int:
+        """Of the shards that are still to do."""
+        return sum(self.sizes[self.urls[name]] for name in self.todo)
 
 
 def plan(config: EncodeConfig) -> EncodePlan:
@@ -109,9 +118,9 @@ def plan(config: EncodeConfig) -> EncodePlan:
     urls = shards.shard_names(storage.expand(config.source))
     urls = dict(islice(urls.items(), config.max_shards))
     receipts = read_receipts(config.destination)
-    input_bytes = 0
+    sizes = {url: storage.size(url) for url in urls.values()}
     for name, url in urls.items():
-        found = storage.size(url)
+        found = sizes[url]
         if found == 0:
             raise RequestError(f"source={url}: is empty; give a WebDataset tar that holds pictures")
         if name in receipts and receipts[name].input_bytes != found:
@@ -119,10 +128,25 @@ def plan(config: EncodeConfig) -> EncodePlan:
                 f"source={url}: has {found} bytes, but {receipts[name].input_bytes} when it was encoded into "
                 f"{config.destination}; give another destination"
             )
-        input_bytes += found if name not in receipts else 0
     names = shards.read_class_names(config.class_names) if config.class_names else ()
     todo = tuple(name for name in urls if name not in receipts)
-    return EncodePlan(urls, todo, receipts, input_bytes, names, autoencoder, fingerprint)
+    needed = _output_bytes(config, autoencoder, {urls[name]: sizes[urls[name]] for name in todo})
+    remedy = "give a destination on a larger disk, or a smaller max_shards"
+    storage.check_space("destination", config.destination, needed or 0, remedy)
+    return EncodePlan(urls, sizes, todo, receipts, needed, names, autoencoder, fingerprint)
+
+
+def _output_bytes(config: EncodeConfig, autoencoder: Autoencoder, sizes: dict[str, int]) -> int | None:
+    """An estimate of what inputs (URL => bytes) give, from the head of the first; None where that cannot be read."""
+    if not sizes:
+        return 0
+    per_sample = shards.bytes_per_sample(next(iter(sizes)))
+    if per_sample is None:
+        return None
+    parts = 2 if config.store == "moments" and not autoencoder.deterministic else 1
+    latent = parts * autoencoder.latent_channels * (config.image_size // autoencoder.factor) ** 2
+    overhead = 1024 + 100  # of the tar; of index and columns
+    return round(sum(sizes.values()) / per_sample * (2 * latent + overhead))
 
 
 def encode(config: EncodeConfig) -> EncodeReport:
@@ -138,6 +162,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
     started = time.monotonic()
     receipts = dict(todo.done)
     with Tracker(config.tracking, f"encode/{storage.name(config.destination)}", config) as tracker:
+        tracker.dataset(lineage.image_dataset(todo.sizes), "source")
         if todo.todo:
             with cluster.ray_session():
                 for receipt in _encode_shards(config, todo, fingerprint_hash(fingerprint)):
@@ -157,6 +182,7 @@ def encode(config: EncodeConfig) -> EncodeReport:
             total.encoded,
         )
         tracker.tag({"fingerprint": fingerprint_hash(fingerprint), "generation": generation})
+        tracker.dataset(lineage.latent_dataset(read_manifest(config.destination, generation)), "latents")
     return EncodeReport(
         **asdict(total),
         shards=len(receipts),

@@ -20,6 +20,8 @@ from pydantic import Field
 
 from ldm import storage
 from ldm.config import Config, RequestError
+from ldm.snapshot import Snapshot
+from pipelines import lineage
 from pipelines.progress import say
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -125,6 +127,19 @@ class Tracker:
     def document(self, name: str, value: Any) -> None:
         """A JSON document as the artifact `name`."""
         self._put(lambda: self._client.log_dict(self.run_id, value, name))
+
+    def dataset(self, dataset: lineage.TrackedDataset, context: str) -> None:
+        """A data set that the run reads or writes, in the role `context`, such as "training"."""
+        self._put(lambda: lineage.write_dataset(self._client, str(self.run_id), dataset, context))
+
+    def model(self, snapshot: Snapshot) -> None:
+        """A snapshot that came of the run, as a logged model that points to it."""
+        name = f"{storage.name(self.name)}-step-{snapshot.step}"
+        self._put(lambda: lineage.write_model(self._client, str(self.run_id), name, snapshot))
+
+    def used_model(self, snapshot: Snapshot) -> None:
+        """The snapshot that the run measures, where a run of this experiment has logged it."""
+        self._put(lambda: lineage.write_used_model(self._client, str(self.run_id), snapshot.weights_sha256))
 
     def _log(self, metrics: dict[str, float], images_seen: int, milliseconds: int) -> None:
         from mlflow.entities import Metric

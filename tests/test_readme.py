@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from jobs import cli
 from tests.jobs.test_interrupt import interrupt_when
@@ -47,7 +48,7 @@ def test_the_path_on_ones_own_pictures(
         code = cli.main(command[1:])
         assert code == 0, (command, capsys.readouterr().err)
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 8
-    assert (tmp_path / "mlflow.db").exists()
+    _assert_mlflow_joins_the_runs(f"sqlite:///{tmp_path}/mlflow.db")
 
     code_block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert code_block is not None
@@ -71,3 +72,19 @@ def test_what_the_readme_names_is_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def _assert_mlflow_joins_the_runs(uri: str) -> None:
+    client = MlflowClient(uri)
+    experiment = client.get_experiment_by_name("ldm")
+    assert experiment is not None
+    found = [client.get_run(run.info.run_id) for run in client.search_runs([experiment.experiment_id])]
+    runs = {run.data.tags["stage"]: run for run in found}  # a search leaves out the models that a run used
+    data = {
+        stage: {i.tags[0].value: (i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs}
+        for stage, run in runs.items()
+    }
+    assert data["train"]["training"] == data["encode"]["latents"]
+    assert data["evaluate"]["reference"] == data["encode"]["source"]
+    (made,), (measured,) = runs["train"].outputs.model_outputs, runs["evaluate"].inputs.model_inputs
+    assert made.model_id == measured.model_id

@@ -15,6 +15,7 @@ from ldm.config import Config, Location, RequestError
 from ldm.sampler import make_plan
 from ldm.sampling import resolve_labels
 from ldm.snapshot import Snapshot, read_snapshot
+from pipelines import lineage
 from pipelines.evaluate import measures
 from pipelines.evaluate.client import SamplesClient
 from pipelines.evaluate.reference import Pictures, Reference, read_reference
@@ -77,10 +78,11 @@ class EvaluateReport:
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """What will be measured. shards: names and URLs of the reference."""
+    """What will be measured. shards: names and URLs of the reference; sizes: their bytes, by URL."""
 
     snapshot: Snapshot
     shards: dict[str, str]
+    sizes: dict[str, int]
 
 
 def plan(config: EvaluateConfig) -> EvaluatePlan:
@@ -101,10 +103,11 @@ def plan(config: EvaluateConfig) -> EvaluatePlan:
         urls = shards.shard_names(storage.expand(config.reference))
     except RequestError as error:
         raise RequestError(str(error).replace("source=", "reference=", 1)) from None
-    for url in urls.values():
-        if storage.size(url) == 0:
+    sizes = {url: storage.size(url) for url in urls.values()}
+    for url, size in sizes.items():
+        if size == 0:
             raise RequestError(f"reference={url}: is empty; give a WebDataset tar that holds pictures")
-    return EvaluatePlan(snapshot, urls)
+    return EvaluatePlan(snapshot, urls, sizes)
 
 
 def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateReport:
@@ -117,6 +120,8 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
     reference = read_reference(todo.shards, todo.snapshot, config.holdout, config.max_reference)
     _check_reference(config, reference)
     with Tracker(config.tracking, f"evaluate/{storage.name(config.snapshot)}", config) as tracker:
+        tracker.used_model(todo.snapshot)
+        tracker.dataset(lineage.image_dataset(todo.sizes), "reference")
         features = _features(config, todo.snapshot, reference)
         started = time.monotonic()
         samples = _draw(config, client, todo.snapshot)

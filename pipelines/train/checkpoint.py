@@ -88,9 +88,14 @@ def checkpoint_url(output: str, step: int) -> str:
     return storage.join(output, "checkpoints", f"step-{step:010d}")
 
 
+def committed_steps(output: str) -> list[int]:
+    """The optimizer steps of the committed checkpoints under `output`."""
+    return [step for step in _steps(output) if storage.exists(storage.join(checkpoint_url(output, step), MARKER))]
+
+
 def newest_checkpoint(output: str) -> str | None:
     """The URL of the newest committed checkpoint under `output`."""
-    committed = _committed(output)
+    committed = committed_steps(output)
     return checkpoint_url(output, max(committed)) if committed else None
 
 
@@ -100,7 +105,7 @@ def prune(output: str, keep_last: int, keep_every: int | None = None) -> None:
     Saves that did not finish go too, where there is a newer commit. For one process only.
     """
     assert keep_last >= 1, keep_last
-    committed = sorted(_committed(output))
+    committed = sorted(committed_steps(output))
     kept = set(committed[-keep_last:]) | {s for s in committed if keep_every and s % keep_every == 0}
     for step in _steps(output):
         if committed and step < committed[-1] and step not in kept:
@@ -112,10 +117,6 @@ def prune(output: str, keep_last: int, keep_every: int | None = None) -> None:
 def _steps(output: str) -> list[int]:
     names = storage.list_dir(storage.join(output, "checkpoints"))
     return [int(match.group(1)) for match in map(_NAME.fullmatch, names) if match]
-
-
-def _committed(output: str) -> list[int]:
-    return [step for step in _steps(output) if storage.exists(storage.join(checkpoint_url(output, step), MARKER))]
 
 
 def _together(url: str, rank: int, all_gather: AllGather, work: Callable[[], T]) -> list[T]:

@@ -12,15 +12,16 @@ from ldm import storage
 from ldm.config import RequestError, differences
 from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
-from ldm.latents.manifest import fingerprint_hash
+from ldm.latents.manifest import Manifest, fingerprint_hash
 from ldm.snapshot import read_snapshot
-from pipelines import cluster
+from pipelines import cluster, lineage
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import newest_checkpoint
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig, trajectory
 from pipelines.train.loop import snapshot_url, train_worker
+from pipelines.train.space import check_space
 
 RUN_FILE = "run.json"
 
@@ -40,14 +41,22 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a run will do. generation: of the latent dataset, fixed for the whole run."""
+    """What a run will do. manifest: of the latent dataset; its generation is fixed for the whole run."""
 
-    generation: str
-    fingerprint: str
+    manifest: Manifest
     num_samples: int
     parameters: int
+    output_bytes: int  # that the rest of the run adds at most
     checkpoint: str | None
     record: dict[str, Any] | None  # of the run that goes on
+
+    @property
+    def generation(self) -> str:
+        return self.manifest.generation
+
+    @property
+    def fingerprint(self) -> str:
+        return fingerprint_hash(self.manifest.fingerprint)
 
 
 def plan(config: TrainConfig) -> TrainPlan:
@@ -77,8 +86,8 @@ def plan(config: TrainConfig) -> TrainPlan:
     if config.resume == "never" and checkpoint:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
-    fingerprint = fingerprint_hash(dataset.manifest.fingerprint)
-    return TrainPlan(dataset.manifest.generation, fingerprint, dataset.num_samples, parameters, checkpoint, record)
+    output_bytes = check_space(config, parameters)
+    return TrainPlan(dataset.manifest, dataset.num_samples, parameters, output_bytes, checkpoint, record)
 
 
 def train(config: TrainConfig) -> TrainReport:
@@ -107,9 +116,11 @@ def train(config: TrainConfig) -> TrainReport:
         if todo.record is None or tracker.run_id != run_id:
             _write_record(config, todo, tracker.run_id)
             tracker.tag({"generation": todo.generation, "fingerprint": todo.fingerprint, **cluster.describe()})
+        tracker.dataset(lineage.latent_dataset(todo.manifest), "training")
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {todo.num_samples:,} samples")
         result = _run_workers(config, todo, tracker.run_id)
+        tracker.model(read_snapshot(result["snapshot"]))
     return TrainReport(**result, run_id=tracker.run_id)
 
 

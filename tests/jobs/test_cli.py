@@ -105,7 +105,7 @@ def test_json_is_one_line_on_stdout_and_pictures_are_there(
 @pytest.mark.parametrize(
     ("command", "promise"),
     [
-        ("encode source=in-0.tar destination=d autoencoder=vae image_size=16", "encode 1 of 1 shards"),
+        ("encode source=in-0.tar destination=d autoencoder=vae image_size=16", ", into d, about 3.8 kB"),
         ("sample snapshot=SNAPSHOT num_images=5", "sample 5 pictures from step 30"),
         ("serve snapshot=SNAPSHOT port=PORT", "serve"),
         ("demo folder=demo", "the whole path on 1,797 digits in demo"),

@@ -4,12 +4,21 @@ import hashlib
 import io
 import json
 import tarfile
+from pathlib import Path
 
 import pytest
 import webdataset
 
 from ldm.config import RequestError
-from ldm.shards import RawSample, ShardReader, parse_label, read_class_names, shard_names, write_shard
+from ldm.shards import (
+    RawSample,
+    ShardReader,
+    bytes_per_sample,
+    parse_label,
+    read_class_names,
+    shard_names,
+    write_shard,
+)
 from tests.pictures import samples
 
 
@@ -103,6 +112,23 @@ def test_all_bytes_are_counted_and_hashed(tmp_path):
     assert reader.sha256 == "" and len(list(reader)) == 3
     assert reader.bytes_read == path.stat().st_size
     assert reader.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_bytes_of_a_sample_are_told_from_the_head(tmp_path, form):
+    """Exactly, whatever the headers; damage behind the head is not seen, for nothing behind it is read."""
+    members = [(f"größe-{n:03d}.{name}", b"x" * size) for n in range(100) for name, size in (("jpg", 3000), ("cls", 1))]
+    path = Path(tar(tmp_path / "a.tar", members, form))
+    each = blocks(path)[2 * 64][0] / 64
+    assert bytes_per_sample(str(path)) == each == bytes_per_sample(str(path), most=10)
+    assert bytes_per_sample(str(path), most=100) == path.stat().st_size / 100
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) * 9 // 10])
+    assert bytes_per_sample(str(path)) == each
+    path.write_bytes(data[: len(data) // 2])
+    assert bytes_per_sample(str(path)) is None
+    assert bytes_per_sample(tar(tmp_path / "b.tar", [("README", b"no sample")])) is None
+    assert bytes_per_sample(str(tmp_path / "absent.tar")) is None
 
 
 def test_tars_one_behind_another_are_read_to_the_end(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 import threading
 import uuid
@@ -151,6 +152,21 @@ def test_home_and_file_urls(tmp_path, monkeypatch):
     assert storage.name("s3://b/x.tar/") == "x.tar"
 
 
+def test_what_does_not_fit_the_disk_is_refused(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    deep = str(tmp_path / "not" / "there")
+    storage.check_space("output", deep, free // 2, "")
+    storage.check_space("output", "s3://bucket/x", 10**30, "")  # an object store has no end
+    message = r"^output=.*/not/there: needs about 1,000\.0 TB, but [\d.,]+ .B are free; give another$"
+    with pytest.raises(RequestError, match=message):
+        storage.check_space("output", deep, 10**15, "give another")
+
+
+def test_bytes_for_a_person():
+    counts = (0, 1500, 5_123_456, 1_234_567_890, 10**15)
+    assert [storage.readable(count) for count in counts] == ["0.0 kB", "1.5 kB", "5.1 MB", "1.2 GB", "1,000.0 TB"]
+
+
 class FullDisk(Exception):
     pass
 
@@ -215,6 +231,12 @@ def other_disk(tmp_path):
         pytest.skip("there is no second disk here")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield Path(folder)
+
+
+def test_same_disk(tmp_path, other_disk):
+    assert storage.same_disk(str(tmp_path), str(tmp_path / "not" / "there"))
+    assert not storage.same_disk(str(tmp_path), str(other_disk))
+    assert not storage.same_disk("s3://bucket/a", "s3://bucket/a")
 
 
 def test_commit_across_disks(tmp_path, other_disk):

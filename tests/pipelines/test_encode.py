@@ -148,6 +148,8 @@ def test_a_relative_destination_and_tracking(whole, source, vae, tmp_path, monke
     assert run.data.metrics["data/inputs"] == 60 and run.data.metrics["data/quarantined"] == 4
     assert run.data.tags["generation"] == report.generation
     assert run.data.tags["fingerprint"] == fingerprint_hash(read_manifest("latents").fingerprint)
+    data = {i.tags[0].value: (i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs}
+    assert set(data) == {"source", "latents"} and data["latents"] == ("latents", report.generation)
 
 
 @pytest.mark.ray

@@ -67,6 +67,34 @@ def test_the_plan_says_what_is_left(source, vae, tmp_path):
     assert not (tmp_path / "latents").exists()
 
 
+@pytest.mark.parametrize("store", ["moments", "mean"])
+def test_the_plan_estimates_what_is_written(source, vae, tmp_path, store):
+    """From the samples at the head of the first shard that is left; what is done takes no more."""
+    settings = config(source, tmp_path / "latents", vae, store=store, image_size=64, max_shards=1)
+    estimate = plan(settings).output_bytes
+    encode_here(settings, "train-00000")
+    files = [path for name in ("latents", "columns") for path in (tmp_path / "latents" / name).iterdir()]
+    assert sum(path.stat().st_size for path in files) == pytest.approx(estimate, rel=0.2)
+    assert plan(settings).output_bytes == 0
+    two_more = plan(settings.model_copy(update={"max_shards": None})).output_bytes
+    assert two_more == pytest.approx(2 * estimate, rel=0.2)
+
+
+def test_more_than_the_disk_holds_is_refused(source, vae, tmp_path):
+    huge = config(source, tmp_path / "latents", vae, image_size=2**24)  # 1 PB for each picture
+    message = r"^destination=.*latents: needs about [\d.,]+ TB, but [\d.,]+ .B are free; give a destination on a larger"
+    with pytest.raises(RequestError, match=message):
+        plan(huge)
+
+
+def test_where_the_first_shard_is_damaged_there_is_no_estimate(source, vae, tmp_path):
+    data = Path(source, "train-00000.tar").read_bytes()
+    (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])
+    shutil.copy(f"{source}/train-00001.tar", tmp_path / "b.tar")
+    todo = plan(config(str(tmp_path), tmp_path / "latents", vae))
+    assert todo.output_bytes is None and todo.todo == ("a", "b")
+
+
 def test_a_source_without_pictures_is_refused(vae, tmp_path):
     image_shard(tmp_path / "a.tar", [RawSample("x", {"txt": b"words"})])
     settings = config(str(tmp_path), tmp_path / "latents", vae)

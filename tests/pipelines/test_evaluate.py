@@ -26,7 +26,7 @@ from pipelines import serve
 from pipelines.evaluate import EvaluateConfig, EvaluateReport, evaluate, measures, plan
 from pipelines.evaluate.client import SamplesClient
 from pipelines.evaluate.reference import Pictures, Reference, read_reference
-from pipelines.tracking import TrackingConfig
+from pipelines.tracking import Tracker, TrackingConfig
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 HOLDOUT = 0.2
@@ -172,6 +172,8 @@ class TestEvaluate:
 
     @pytest.fixture(scope="class")
     def report(self, config: EvaluateConfig, endpoint: str) -> EvaluateReport:
+        with Tracker(config.tracking, "train/run") as training:  # which the snapshot came of
+            training.model(read_snapshot(config.snapshot))
         return evaluate(config, endpoint)
 
     def test_random_weights_are_found_out(self, report: EvaluateReport) -> None:
@@ -210,6 +212,10 @@ class TestEvaluate:
         assert client.get_metric_history(str(report.run_id), "eval/recall")[0].step == 960
         assert run.data.tags["features"] == report.features
         assert {file.path for file in client.list_artifacts(str(report.run_id))} == {"grid.png", "report.json"}
+        (reference,) = run.inputs.dataset_inputs
+        assert reference.tags[0].value == "reference"
+        (measured,) = run.inputs.model_inputs
+        assert client.get_logged_model(measured.model_id).params["snapshot"] == config.snapshot
 
     def test_again_it_gives_the_same_figures_and_grid(
         self, config: EvaluateConfig, report: EvaluateReport, endpoint: str, tmp_path: Path

@@ -1,5 +1,6 @@
 """One MLflow run: what is logged is there once, and a lost write stops nobody."""
 
+import json
 import subprocess
 import sys
 import threading
@@ -10,8 +11,15 @@ import pytest
 from mlflow import MlflowClient
 from pydantic import Field
 
+from ldm.autoencoder import Autoencoder
 from ldm.config import Config
+from ldm.latents.manifest import read_manifest
+from ldm.snapshot import read_snapshot
+from pipelines.lineage import image_dataset, latent_dataset
 from pipelines.tracking import PROGRESS_KEY, Tracker, TrackingConfig
+from tests.pictures import kl_model
+from tests.pictures import latent_dataset as write_latent_dataset
+from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 
 class Inner(Config):
@@ -124,6 +132,91 @@ def test_the_caller_never_waits(store, monkeypatch):
             tracker.log({"train/loss": 1.0}, step)
         assert not gate.is_set() and tracker._queue.qsize() > 900
         gate.set()
+
+
+def inputs(client, run_id):
+    """(context, data set) of each input of a run, in the order of the contexts."""
+    found = client.get_run(run_id).inputs.dataset_inputs
+    return sorted(((i.tags[0].value, i.dataset) for i in found), key=lambda pair: pair[0])
+
+
+def test_runs_meet_in_the_data_set_that_one_wrote_and_one_reads(store, client, tmp_path, monkeypatch):
+    latents = tmp_path / "latents"
+    write_latent_dataset(str(latents), Autoencoder(kl_model()), counts=(5, 4))
+    manifest = read_manifest(str(latents))
+    images = image_dataset({"/data/digits/b-1.tar": 200, "/data/digits/a-0.tar": 100})
+    with Tracker(store, "encode/latents") as encode:
+        encode.dataset(images, "source")
+        encode.dataset(latent_dataset(manifest), "latents")
+    monkeypatch.chdir(tmp_path)
+    with Tracker(store, "train/run") as train:
+        train.dataset(latent_dataset(read_manifest("latents")), "training")
+    (context_1, wrote), (context_2, source) = inputs(client, encode.run_id)
+    ((context_3, read),) = inputs(client, train.run_id)
+    assert (context_1, context_2, context_3) == ("latents", "source", "training")
+    assert read == wrote  # down to URL and profile
+    assert (wrote.name, wrote.digest) == ("latents", manifest.generation)
+    assert (wrote.source_type, json.loads(wrote.source)) == ("local", {"uri": str(latents)})
+    profile = json.loads(wrote.profile)
+    assert (profile["num_samples"], profile["num_shards"], profile["num_classes"]) == (9, 2, 3)
+    assert (source.name, source.digest, json.loads(source.source)) == ("digits", images.digest, {"uri": "/data/digits"})
+    assert json.loads(source.profile) == {"num_shards": 2, "bytes": 300}
+
+
+def test_image_shards_are_the_same_data_set_for_the_same_files():
+    one = image_dataset({"s3://b/x/a.tar": 1, "s3://b/x/b.tar": 2})
+    assert (one.name, one.url) == ("x", "s3://b/x") and len(one.digest) <= 36
+    assert image_dataset({"s3://b/x/b.tar": 2, "s3://b/x/a.tar": 1}) == one
+    assert image_dataset({"/copy/x/a.tar": 1, "/copy/x/b.tar": 2}).digest == one.digest
+    assert image_dataset({"s3://b/x/a.tar": 1, "s3://b/x/b.tar": 3}).digest != one.digest
+    assert image_dataset({"s3://b/x/a.tar": 1}).digest != one.digest
+    assert image_dataset({"/p/x/a.tar": 1, "/p/y/b.tar": 2}).url == "/p/x,/p/y"
+
+
+def test_a_snapshot_is_a_logged_model_that_others_find_by_its_weights(store, client, tmp_path):
+    snapshot = read_snapshot(write_tiny_snapshot(tmp_path / "snapshot", seed=5))
+    elsewhere = read_snapshot(write_tiny_snapshot(tmp_path / "elsewhere", seed=6))
+    with Tracker(store, "train/run.2") as train:
+        train.model(snapshot)
+    with Tracker(store, "evaluate/snapshot") as evaluate:
+        evaluate.used_model(snapshot)
+        evaluate.used_model(elsewhere)  # which no run of this experiment has logged
+    (output,) = client.get_run(train.run_id).outputs.model_outputs
+    model = client.get_logged_model(output.model_id)
+    assert (model.name, model.source_run_id, model.status) == ("run-2-step-30", train.run_id, "READY")
+    assert model.params["snapshot"] == snapshot.url and model.params["step"] == "30"
+    assert model.params["denoiser.hidden_size"] == str(snapshot.denoiser["hidden_size"])
+    assert model.tags["weights_sha256"] == snapshot.weights_sha256
+    assert output.step == snapshot.images_seen == 960
+    assert [used.model_id for used in client.get_run(evaluate.run_id).inputs.model_inputs] == [model.model_id]
+    assert not list(Path(store.uri.removeprefix("sqlite:///")).parent.rglob("*.safetensors"))
+
+
+def test_a_run_that_goes_on_holds_its_lineage_once(store, client, tmp_path, monkeypatch):
+    first, last = (read_snapshot(write_tiny_snapshot(tmp_path / str(seed), seed=seed)) for seed in (7, 8))
+    images = image_dataset({"/data/digits/a.tar": 100})
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError), Tracker(store, "train/run") as began:
+        patch.setattr(began._client, "log_outputs", lambda *_: None)  # killed before that, with a model half logged
+        patch.setattr(began._client, "finalize_logged_model", lambda *_: None)
+        began.dataset(images, "training")
+        began.model(first)
+        raise RuntimeError("killed")
+    assert client.get_run(began.run_id).outputs.model_outputs == []
+    for _ in range(2):
+        with Tracker(store, "train/run", run_id=began.run_id) as again:
+            again.dataset(images, "training")
+            again.model(first)
+            again.model(last)
+            again.used_model(last)
+    run = client.get_run(began.run_id)
+    assert [(context, data.digest) for context, data in inputs(client, began.run_id)] == [("training", images.digest)]
+    models = [client.get_logged_model(output.model_id) for output in run.outputs.model_outputs]
+    hashes = sorted(model.tags["weights_sha256"] for model in models)
+    assert hashes == sorted([first.weights_sha256, last.weights_sha256])
+    assert {model.status for model in models} == {"READY"}
+    assert len(run.inputs.model_inputs) == 1
+    experiment = client.get_run(began.run_id).info.experiment_id
+    assert len(client.search_logged_models([experiment], f"source_run_id = '{began.run_id}'")) == 2
 
 
 def test_disabled_does_nothing(tmp_path):

@@ -98,6 +98,9 @@ def test_a_run_reports_and_leaves_a_snapshot_that_draws(latents: str, uninterrup
     assert report.loss is not None and 0.1 < report.loss < 2.0
     assert report.checkpoint == newest_checkpoint(str(uninterrupted.output))
     assert len(storage.list_dir(str(uninterrupted.output / "checkpoints"))) == 3  # keep_last
+    kept = sum(path.stat().st_size for path in uninterrupted.output.rglob("*.safetensors") if path.stat().st_nlink == 1)
+    estimate = plan(config(latents, tmp_path / "new")).output_bytes
+    assert kept * 76 / 60 == pytest.approx(estimate, rel=0.1), "4 checkpoints at a time, of which 3 stay; 4 snapshots"
     assert train(config(latents, uninterrupted.output)).snapshot == report.snapshot  # again: nothing is left to do
     snapshot = read_snapshot(report.snapshot)
     assert (snapshot.step, snapshot.images_seen, snapshot.conditioning.num_classes) == (8, 64, 3)
@@ -151,7 +154,13 @@ def test_the_same_command_goes_on_with_the_same_bits_and_logs_no_point_twice(
     assert client.get_run(report.run_id).info.status == "FINISHED"
     points = client.get_metric_history(report.run_id, "train/loss")
     assert [point.step for point in points] == [16, 32, 48, 64, 80]  # images seen
-    assert client.get_run(report.run_id).data.params["denoiser.hidden_size"] == "16"
+    run = client.get_run(report.run_id)
+    assert run.data.params["denoiser.hidden_size"] == "16"
+    (data,) = run.inputs.dataset_inputs
+    assert (data.dataset.digest, data.tags[0].value) == (plan(again).generation, "training")
+    models = {output.step: client.get_logged_model(output.model_id) for output in run.outputs.model_outputs}
+    assert sorted(models) == [64, 80]  # the last snapshot of each of the two times, at its images seen
+    assert models[80].params["snapshot"] == report.snapshot
 
 
 @pytest.mark.ray
@@ -215,6 +224,7 @@ def test_workers_that_fail_to_the_end_are_an_error_with_the_cause(
         ({"resume": "required"}, "resume=required: .* holds no checkpoint"),
         ({"init_from": "/nowhere"}, "init_from=/nowhere: is no snapshot"),
         ({"holdout": 0.999999}, "the train split holds no sample"),
+        ({"max_steps": 10**13}, "output=.*run: needs about .* TB, but .* are free; give an output on a larger disk"),
     ],
 )
 def test_a_wrong_request_is_refused_before_any_work(
@@ -234,6 +244,27 @@ def test_a_run_goes_on_only_as_it_began(latents: str, uninterrupted: Run) -> Non
     with pytest.raises(RequestError, match="resume=never: .* holds a run"):
         plan(config(latents, output, resume="never"))
     assert plan(config(latents, output, max_steps=100, num_workers=4, zero_stage=3)).checkpoint is not None
+
+
+@pytest.mark.ray
+def test_a_run_that_goes_on_needs_room_for_what_is_missing_only(
+    latents: str, uninterrupted: Run, tmp_path: Path
+) -> None:
+    """A parameter takes 16 bytes in each checkpoint and 4 in each snapshot."""
+    output = uninterrupted.output
+
+    def bytes_each(output: Path, **changes: Any) -> float:
+        todo = plan(config(latents, output, **changes))
+        return todo.output_bytes / todo.parameters
+
+    new = tmp_path / "new"
+    assert bytes_each(new) == 4 * 16 + 4 * 4  # at most keep_last + 1 at a time
+    assert bytes_each(new, checkpoint_every=5) == 2 * 16 + 2 * 4
+    assert bytes_each(new, max_steps=800, keep_last=1) == 2 * 16 + 400 * 4
+    assert bytes_each(output) == 0
+    assert bytes_each(output, max_steps=12) == 1 * 16 + 2 * 4  # three checkpoints are there
+    assert bytes_each(output, max_steps=12, keep_last=1) == 1 * 16 + 2 * 4
+    assert bytes_each(output, max_steps=9, keep_last=9) == 1 * 16 + 1 * 4
 
 
 @pytest.mark.ray

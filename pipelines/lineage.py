@@ -1,0 +1,118 @@
+"""Lineage in MLflow: the data that a run read, the snapshot that came of it, the snapshot that it measured.
+
+What a run that goes on writes again stands there once: MLflow keeps one input for each (dataset, run) and for each
+(model, run), and a snapshot is looked up by the hash of its weights before it becomes a logged model.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from ldm import storage
+from ldm.config import canonical_json
+from ldm.latents.manifest import Manifest, fingerprint_hash
+from ldm.snapshot import Snapshot
+
+WEIGHTS_TAG = "weights_sha256"
+
+
+@dataclass(frozen=True)
+class TrackedDataset:
+    """A data set as MLflow knows it: runs that name the same (name, digest) meet in one entity of their experiment.
+
+    digest: at most 36 characters. profile: what a person sees of it, plain values; the first run's stands.
+    """
+
+    name: str
+    digest: str
+    url: str
+    profile: dict[str, Any]
+
+
+def image_dataset(sizes: dict[str, int]) -> TrackedDataset:
+    """Image shards, as URL => bytes: the same for the same files, whatever pattern named them."""
+    folders = sorted({url.rpartition("/")[0] for url in sizes})
+    named = {storage.name(url): size for url, size in sizes.items()}
+    digest = hashlib.sha256(canonical_json(named).encode()).hexdigest()[:16]
+    profile = {"num_shards": len(sizes), "bytes": sum(sizes.values())}
+    return TrackedDataset(storage.name(folders[0]), digest, ",".join(folders), profile)
+
+
+def latent_dataset(manifest: Manifest) -> TrackedDataset:
+    """One generation of a latent dataset: the same entity for the run that wrote it and for those that train on it."""
+    profile = {
+        "num_samples": manifest.num_samples,
+        "num_shards": len(manifest.shards),
+        "num_classes": manifest.conditioning.num_classes,
+        "store": manifest.store,
+        "fingerprint": fingerprint_hash(manifest.fingerprint),
+    }
+    url = storage.absolute(manifest.url)
+    return TrackedDataset(storage.name(url), manifest.generation, url, profile)
+
+
+def write_dataset(client: Any, run_id: str, dataset: TrackedDataset, context: str) -> None:
+    """Logs a data set as an input of the run, in the role `context`."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    kind = "local" if storage.is_local(dataset.url) else dataset.url.partition("://")[0]
+    source, profile = json.dumps({"uri": dataset.url}), json.dumps(dataset.profile)
+    entity = Dataset(dataset.name, dataset.digest, kind, source, profile=profile)
+    client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
+
+
+def write_model(client: Any, run_id: str, name: str, snapshot: Snapshot) -> None:
+    """Logs a snapshot as a model that the run gave, by its URL: no weights are uploaded.
+
+    What a kill left half done is finished. The step is the images seen, as for metrics.
+    """
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    run = client.get_run(run_id)
+    models = _find_models(client, run, snapshot.weights_sha256)
+    model = next((model for model in models if model.source_run_id == run_id), None)
+    if model is None:
+        model = _create_model(client, run, name, snapshot)
+    if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, snapshot.images_seen)])
+    if model.status != LoggedModelStatus.READY:
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def write_used_model(client: Any, run_id: str, weights_sha256: str) -> None:
+    """Links the run to the newest logged model with these weights in its experiment, where there is one."""
+    from mlflow.entities import LoggedModelInput
+
+    models = _find_models(client, client.get_run(run_id), weights_sha256)
+    if models:
+        client.log_inputs(run_id, models=[LoggedModelInput(models[0].model_id)])
+
+
+def _create_model(client: Any, run: Any, name: str, snapshot: Snapshot) -> Any:
+    params = {
+        "snapshot": snapshot.url,
+        "step": snapshot.step,
+        "images_seen": snapshot.images_seen,
+        "latent_shape": list(snapshot.latent_shape),
+        "num_classes": snapshot.conditioning.num_classes,
+        **{f"denoiser.{key}": value for key, value in snapshot.denoiser.items()},
+    }
+    return client.create_logged_model(
+        run.info.experiment_id,
+        name="".join("-" if character in "/:.%\"'" else character for character in name),  # which MLflow refuses
+        source_run_id=run.info.run_id,
+        tags={
+            WEIGHTS_TAG: snapshot.weights_sha256,
+            "fingerprint": fingerprint_hash(snapshot.fingerprint),
+            "mlflow.model.isExternal": "true",  # its weights are not in MLflow's store
+        },
+        params={key: str(value)[:6000] for key, value in params.items()},
+        model_type="latent-diffusion",
+    )
+
+
+def _find_models(client: Any, run: Any, weights_sha256: str) -> list[Any]:
+    """Logged models with these weights in the run's experiment, the newest first."""
+    wanted = f"tags.{WEIGHTS_TAG} = '{weights_sha256}'"
+    return list(client.search_logged_models([run.info.experiment_id], filter_string=wanted))

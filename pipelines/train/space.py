@@ -1,0 +1,35 @@
+"""The disk that the rest of a training run takes, before it begins."""
+
+from ldm import storage
+from ldm.autoencoder import FILES
+from pipelines.train.checkpoint import committed_steps
+from pipelines.train.config import TrainConfig
+
+_CHECKPOINT, _SNAPSHOT = 16, 4
+"""Bytes for each parameter: fp32 master, two moments and EMA; the EMA alone."""
+
+
+def check_space(config: TrainConfig, parameters: int) -> int:
+    """Bytes that the rest of the run adds to `output` at most. Raises RequestError where a local disk has less."""
+    needed = _needed(config, parameters, committed_steps(config.output))
+    remedy = "give an output on a larger disk, a larger checkpoint_every or a smaller keep_last"
+    storage.check_space("output", config.output, needed, remedy)
+    return needed
+
+
+def _needed(config: TrainConfig, parameters: int, committed: list[int]) -> int:
+    begun, every = max(committed, default=0), config.checkpoint_every
+    if begun >= config.max_steps:
+        return 0
+    saves = config.max_steps // every - begun // every + (config.max_steps % every > 0)
+    # One more than is kept, for the oldest is removed only when the newest is whole.
+    checkpoints = min(saves, max(1, config.keep_last + 1 - len(committed)))
+    return checkpoints * _CHECKPOINT * parameters + saves * (_SNAPSHOT * parameters + _autoencoder_bytes(config))
+
+
+def _autoencoder_bytes(config: TrainConfig) -> int:
+    """What a snapshot's copy of the autoencoder takes: nothing on the disk of the latents, where it is a hard link."""
+    folder = storage.join(config.latents, "autoencoder")
+    if storage.same_disk(folder, config.output):
+        return 0
+    return sum(storage.size(storage.join(folder, file)) for file in FILES)
