@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import torch
+
 from ldm import storage
 from ldm.latents.manifest import (
     ShardReceipt,
@@ -39,7 +41,10 @@ def contents(folder: object) -> dict[str, bytes]:
 
 def encode_here(settings: EncodeConfig, name: str) -> ShardReceipt:
     """One shard through the actor's class in this very process."""
-    todo = plan(settings)
+    todo, threads = plan(settings), torch.get_num_threads()
     todo.autoencoder.save(storage.join(settings.destination, "autoencoder"))
-    encoder = ShardEncoder(settings, fingerprint_hash(todo.fingerprint), "cpu", 1)
-    return encoder.encode_shard(name, todo.urls[name])
+    try:
+        encoder = ShardEncoder(settings, fingerprint_hash(todo.fingerprint), "cpu", 1)
+        return encoder.encode_shard(name, todo.urls[name])
+    finally:
+        torch.set_num_threads(threads)  # on which the last bits of other tests depend
