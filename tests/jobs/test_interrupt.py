@@ -33,6 +33,7 @@ def interrupt_when(command: list[str], ready: Callable[[], bool], place: Path) -
         process = subprocess.Popen(
             [sys.executable, "-m", "jobs.cli", *command],
             stderr=stderr, stdout=subprocess.DEVNULL, cwd=place, env=environment, start_new_session=True,
+            preexec_fn=_listen_to_ctrl_c,
         )  # fmt: skip
     try:
         deadline = time.monotonic() + 200
@@ -49,6 +50,11 @@ def interrupt_when(command: list[str], ready: Callable[[], bool], place: Path) -
     finally:
         if process.poll() is None:
             process.kill()
+
+
+def _listen_to_ctrl_c() -> None:
+    """A shell that starts the tests in the background has told them to ignore it, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def test_training(tmp_path: Path) -> None:
