@@ -17,6 +17,7 @@ from ldm import storage
 from ldm.autoencoder import Autoencoder
 from ldm.config import RequestError, canonical_json, differences
 from ldm.images import PICTURE_RULES
+from ldm.latents.tables import from_parquet
 
 FORMAT = "ldm-latents"
 VERSION = 1
@@ -276,7 +277,7 @@ def read_manifest(url: str, generation: str | None = None, key: str = "latents")
         conditioning=Conditioning.from_dict(values["conditioning"]),
         statistics=Statistics(tuple(values["statistics"]["mean"]), tuple(values["statistics"]["std"])),
         accounting=Accounting(**values["accounting"]),
-        shards=tuple(pq.read_table(io.BytesIO(table)).to_pylist()),
+        shards=tuple(from_parquet(table).to_pylist()),
     )
 
 

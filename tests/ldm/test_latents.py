@@ -1,5 +1,7 @@
 """The latent dataset: what is written is what is read, by us and by others."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +181,13 @@ def test_shape_conditioning_and_statistics(written):
     assert (data.num_samples, data.latent_shape, data.num_classes) == (TOTAL, (4, 2, 2), 3)
     assert data.manifest.conditioning == Conditioning("class", 3)
     assert isinstance(data.statistics, Statistics) and len(data.statistics.mean) == 4
+
+
+def test_a_process_may_end_right_after_reading(written):
+    """A thread that still held the manifest's table aborted seven of ten such processes."""
+    code = f"from ldm.latents.manifest import read_manifest; [read_manifest({written[0]!r}) for _ in range(3)]"
+    running = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(3)]
+    assert [process.wait() for process in running] == [0] * 3
 
 
 def test_fewer_maps_than_shards(written, monkeypatch):
