@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos_s3 import ChaosProxy, chaos_in_front_of
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -71,3 +73,19 @@ def s3() -> Iterator[str]:
         boto3.client("s3").create_bucket(Bucket="bucket")
         yield "s3://bucket"
     server.stop()
+
+
+@pytest.fixture
+def chaos_s3(s3: str) -> Iterator[ChaosProxy]:
+    """A calm proxy in front of the S3 server of `s3`, which `AWS_ENDPOINT_URL` points to during the test.
+
+    It holds for this process and for what it starts. The workers of a Ray that runs already have the environment of
+    its start: give them `runtime_env={"env_vars": {"AWS_ENDPOINT_URL": chaos_s3.endpoint}}`.
+    """
+    from s3fs import S3FileSystem
+
+    with chaos_in_front_of(os.environ["AWS_ENDPOINT_URL"]) as chaos, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", chaos.endpoint)
+        S3FileSystem.clear_instance_cache()  # they go on with the endpoint that they met
+        yield chaos
+    S3FileSystem.clear_instance_cache()
