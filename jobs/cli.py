@@ -11,7 +11,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
@@ -19,11 +19,14 @@ from typing import Any
 import yaml
 
 from ldm import __version__
-from ldm.config import Config, RequestError, fields, load_yaml, parse
+from ldm.config import Config, DamagedError, RequestError, fields, load_yaml, parse
 
 STAGES = {
     "demo": "the whole path on 1,797 handwritten digits: encode, train, serve, evaluate",
+    "inspect": "what is in image shards or in a latent dataset, and what encoding would take",
     "encode": "image shards to a latent dataset, with a frozen autoencoder, on Ray",
+    "verify": "a latent dataset checked against its manifest, quickly or to the last byte",
+    "convert": "a table joined to the columns of a latent dataset: new labels, captions, scores without a new encode",
     "train": "a latent dataset to snapshots, with DeepSpeed ZeRO under Ray Train; run again, it goes on",
     "sample": "a snapshot to pictures, on this machine",
     "serve": "a snapshot behind HTTP, with Ray Serve",
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted: what was committed stays usable, and the same command goes on", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        if not isinstance(error, RuntimeError | OSError) or os.environ.get("LDM_TRACEBACK"):
+        if not isinstance(error, RuntimeError | OSError | DamagedError) or os.environ.get("LDM_TRACEBACK"):
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -73,12 +76,15 @@ def _run(arguments: list[str]) -> int:
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the report alone
         report = stage.run(config)
     if report is not None:  # `serve` ends without one
-        show_report(report, options.json)
+        show_report(report, options.json, getattr(stage, "show", None))
     return int(getattr(report, "exit_code", DONE))
 
 
 def stage_module(verb: str) -> ModuleType:
-    """The module jobs.VERB: StageConfig, run(config) -> report, dry_run(config) -> text. Raises RequestError."""
+    """The module jobs.VERB: StageConfig, run(config) -> report, dry_run(config) -> text. Raises RequestError.
+
+    It may have POSITIONAL, the key that arguments without `=` are the value of, and show(report) -> text for a person.
+    """
     if verb not in STAGES:
         near = difflib.get_close_matches(verb, [*STAGES, "submit"], n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join([*STAGES, 'submit'])}"
@@ -91,27 +97,40 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
 
     None in place of it where nothing is to be run: --help, --print-config and --dry-run are answered here.
     """
-    model: type[Config] = stage_module(verb).StageConfig
+    stage = stage_module(verb)
+    model: type[Config] = stage.StageConfig
     parser = Parser(prog=f"ldm {verb}", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--print-config", action="store_true")
+    if "preview" in model.model_fields:
+        parser.add_argument("--preview", type="preview={}".format, action="append", dest="named", default=[])
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(list(arguments))
     if options.help:
         print(_stage_help(verb, model))
         return options, None
     layers = [(name, load_yaml(find_config(name))) for name in options.config]
-    config = parse(model, layers, options.overrides)
+    pairs, plain = _split(options.overrides, getattr(stage, "POSITIONAL", None))
+    config = parse(model, [*layers, ("the command", plain)], [*pairs, *getattr(options, "named", [])])
     if options.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         return options, None
     if options.dry_run:
-        print(stage_module(verb).dry_run(config))
+        print(stage.dry_run(config))
         return options, None
     return options, config
+
+
+def _split(arguments: list[str], main_key: str | None) -> tuple[list[str], dict[str, Any]]:
+    """(key=value pairs, the value of the main key as the other arguments give it: several where the shell expanded)"""
+    if main_key is None:
+        return arguments, {}
+    plain = [text for text in arguments if "=" not in text]
+    values = {main_key: plain[0] if len(plain) == 1 else plain} if plain else {}
+    return [text for text in arguments if "=" in text], values
 
 
 def find_config(name: str) -> Path:
@@ -127,11 +146,14 @@ def find_config(name: str) -> Path:
     raise RequestError(f"config={name}: is no file and no packaged config; {hint}")
 
 
-def show_report(report: Any, as_json: bool) -> None:
-    """The report on stdout: ONE line of JSON, or a table for a person."""
+def show_report(report: Any, as_json: bool, show: Callable[[Any], str] | None = None) -> None:
+    """The report on stdout: ONE line of JSON, or a table for a person, which `show` may make."""
     values = {k: v for k, v in dataclasses.asdict(report).items() if k != "exit_code"}
     if as_json:
         print(json.dumps(values), flush=True)
+        return
+    if show is not None:
+        print(show(report))
         return
     show_values(values)
 
@@ -166,8 +188,12 @@ def _overview() -> str:
 
 
 def _stage_help(verb: str, model: type[Config]) -> str:
+    main_key = getattr(stage_module(verb), "POSITIONAL", None)
+    place = f" {main_key.upper()}" if main_key else ""
+    preview = " [--preview FILE]" if "preview" in model.model_fields else ""
     lines = [
-        f"usage: ldm {verb} [--config NAME_OR_FILE] [key=value …] [--json] [--dry-run] [--print-config]",
+        f"usage: ldm {verb}{place} [--config NAME_OR_FILE] [key=value …] [--json] [--dry-run] [--print-config]"
+        + preview,
         "",
         STAGES[verb][0].upper() + STAGES[verb][1:] + ".",
         "",

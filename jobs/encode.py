@@ -18,8 +18,8 @@ def dry_run(config: Config) -> str:
     todo = plan(config)
     size = "" if todo.output_bytes is None else f", about {storage.readable(todo.output_bytes)}"
     return (
-        f"encode {len(todo.todo)} of {len(todo.urls)} shards ({storage.readable(todo.input_bytes)}), "
-        f"{len(todo.urls) - len(todo.todo)} are there already, into {config.destination}{size}"
+        f"encode {len(todo.tasks)} of {len(todo.shards)} shards ({storage.readable(todo.input_bytes)}), "
+        f"{len(todo.shards) - len(todo.tasks)} are there already, into {config.destination}{size}"
     )
 
 

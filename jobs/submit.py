@@ -23,7 +23,7 @@ from ldm.autoencoder import is_hub_id
 from ldm.config import Config, RequestError, fields
 from pipelines.progress import say
 
-SUBMITTABLE = ("encode", "train", "sample", "evaluate")
+SUBMITTABLE = ("encode", "verify", "train", "sample", "evaluate")
 _PACKAGES = ("ldm", "pipelines", "jobs")
 _FORWARDED = (
     "MLFLOW_TRACKING_URI",

@@ -17,7 +17,7 @@ from ldm import storage
 from ldm.config import RequestError
 
 CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
-Precision = Literal["float32", "bfloat16"]
+Precision = Literal["float32", "bfloat16", "float16"]
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
 
@@ -59,6 +59,10 @@ class Autoencoder:
         """Raw latents (N, C, h, w) => raw pixels uint8 (N, 3, h f, w f), on the CPU."""
         x: Any = self.model.decode(latents.to(self.device, self.dtype))  # type: ignore[operator]
         return x.sample.float().add(1.0).mul(127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+
+    def compile(self) -> None:
+        """Compiles the encoder: the same function, of which the last bits may differ. Needs a C++ compiler."""
+        self.model.encoder = torch.compile(self.model.encoder)  # type: ignore[assignment, arg-type]
 
     def save(self, url: str) -> None:
         """Writes a diffusers folder (config.json and safetensors) at a path or URL; the config comes last."""

@@ -19,6 +19,10 @@ class RequestError(ValueError):
     """The request is wrong. `str(error)` is one line: the key, the value, what would be right."""
 
 
+class DamagedError(ValueError):
+    """A file is not what was written. `str(error)` is one line that names it."""
+
+
 class Config(pydantic.BaseModel):
     """Base of every stage's configuration: frozen, and a misspelt key is an error."""
 

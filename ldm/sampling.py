@@ -15,7 +15,8 @@ from ldm.autoencoder import Autoencoder
 from ldm.config import Config, Location, RequestError
 from ldm.diffusion import DiffusionConfig
 from ldm.latents.dataset import channels
-from ldm.latents.manifest import Conditioning, Statistics
+from ldm.latents.manifest import Conditioning
+from ldm.latents.receipt import Statistics
 from ldm.sampler import ddim, guided, initial_noise, make_plan, step_noise
 from ldm.snapshot import Snapshot, read_snapshot
 

@@ -20,7 +20,8 @@ from ldm.config import RequestError, validate
 from ldm.denoiser import DenoiserConfig, build_denoiser
 from ldm.diffusion import DiffusionConfig
 from ldm.latents.cache import hash_file, local_copy
-from ldm.latents.manifest import Conditioning, Statistics
+from ldm.latents.manifest import Conditioning
+from ldm.latents.receipt import Statistics
 
 FORMAT = "ldm-snapshot"
 VERSION = 1

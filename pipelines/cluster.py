@@ -82,6 +82,20 @@ def resources_per_worker(num_workers: int, device: str) -> tuple[dict[str, float
     return {"CPU": share}, threads
 
 
+def pairs_of_cores() -> int:
+    """Workers of two CPU cores each that the cluster has room for; at least one."""
+    return max(1, places({"CPU": 2.0}))
+
+
+def places(resources: dict[str, float]) -> int:
+    """How many workers with these resources the nodes that are there now have room for, were they empty."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = [min(node.get(name, 0.0) / amount for name, amount in resources.items()) for node in nodes]
+    return sum(int(share + 1e-9) for share in room)
+
+
 def cpu_share(nodes: list[int], num_workers: int) -> float:
     """CPUs of each of `num_workers`, all of which fit on nodes of so many CPUs.
 

@@ -36,8 +36,8 @@ class Progress:
         elif time.monotonic() - self._last > _EVERY_S:
             self._last = time.monotonic()
             rate = (done - self.initial) / max(1e-9, self._last - self.started)
-            left = (self.total - done) / rate if rate > 0 else float("inf")
-            say(f"{self.title}: {done:,}/{self.total:,} {self.unit}, {rate:.1f}/s, {left:.0f} s left {note}".rstrip())
+            left = f", {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
+            say(f"{self.title}: {done:,}/{self.total:,} {self.unit}, {rate:.1f}/s{left}; {note}".rstrip("; "))
         self.done = done
 
     def advance(self, count: int, note: str = "") -> None:

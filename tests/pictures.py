@@ -12,14 +12,9 @@ from PIL import Image
 from ldm.autoencoder import Autoencoder
 from ldm.denoiser import DenoiserConfig, build_denoiser
 from ldm.diffusion import DiffusionConfig
-from ldm.latents.manifest import (
-    Conditioning,
-    ShardReceipt,
-    Statistics,
-    commit_generation,
-    fingerprint_hash,
-    make_fingerprint,
-)
+from ldm.images import PictureRules
+from ldm.latents.manifest import Conditioning, Store, commit_generation, fingerprint_hash, make_fingerprint
+from ldm.latents.receipt import ShardReceipt, Statistics
 from ldm.latents.writer import ShardWriter
 from ldm.shards import RawSample, write_shard
 from ldm.snapshot import write_snapshot
@@ -108,8 +103,12 @@ def write_latent_shard(
             label = number % classes if classes else None
             writer.add(key, record, label=label, caption=f"caption {number}", width=20, height=16)
         for number in range(quarantined):
-            writer.quarantine(f"bad-{number}", "planted")
-        return writer.commit(1000, "0" * 64)
+            writer.refuse("quarantined", f"bad-{number}", "planted", len(moments) + number)
+        return writer.commit(len(moments) + quarantined, 1000, "0" * 64)
+
+
+def some_fingerprint(autoencoder: Autoencoder, size: int, store: Store = "moments") -> dict[str, Any]:
+    return make_fingerprint(autoencoder, PictureRules((size,)).fingerprint(), store, "float32")
 
 
 COUNTS = (7, 13, 1, 5)
@@ -120,13 +119,13 @@ def latent_dataset(
     url: str, autoencoder: Autoencoder, counts: Sequence[int] = COUNTS, **options: Any
 ) -> tuple[str, dict[str, np.ndarray]]:
     """A committed latent dataset of random moments. Returns (generation, moments by shard name)."""
-    fingerprint = make_fingerprint(autoencoder, 4, (255, 255, 255), "moments", "float32")
+    fingerprint = some_fingerprint(autoencoder, 4)
     content = {f"shard-{i}": records(count, seed=i) for i, count in enumerate(counts)}
     receipts = [
         write_latent_shard(url, name, moments, fingerprint=fingerprint_hash(fingerprint), **options)
         for name, moments in content.items()
     ]
-    return commit_generation(url, receipts, fingerprint, autoencoder), content
+    return commit_generation(url, receipts, fingerprint, autoencoder.latent_channels, autoencoder.factor), content
 
 
 TINY_DIT = DenoiserConfig(hidden_size=16, depth=1, num_heads=2, patch_size=2)
@@ -155,7 +154,7 @@ def write_tiny_snapshot(
         statistics=Statistics((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 0.5, 1.5)),
         conditioning=conditioning,
         latent_shape=(4, 4, 4),
-        fingerprint=make_fingerprint(autoencoder, 8, (255, 255, 255), "moments", "float32"),
+        fingerprint=some_fingerprint(autoencoder, 8),
         step=7,
         images_seen=700,
         autoencoder_url=autoencoder_url,

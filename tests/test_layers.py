@@ -15,7 +15,7 @@ MAY_IMPORT = {
     "infra": set[str](),
 }
 ENGINES = {"ray", "deepspeed", "mlflow"}
-STAGES = {"encode", "train", "serve", "evaluate"}
+STAGES = {"encode", "verify", "train", "serve", "evaluate"}
 
 
 def problems(module: str, source: str, *, is_package: bool = False) -> list[str]:

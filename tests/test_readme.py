@@ -49,6 +49,7 @@ def test_the_path_on_ones_own_pictures(
         assert code == 0, (command, capsys.readouterr().err)
     assert len(list((tmp_path / "samples").glob("0*.png"))) == 8
     _assert_mlflow_joins_the_runs(f"sqlite:///{tmp_path}/mlflow.db")
+    _look_check_and_join(tmp_path, capsys)
 
     code_block = re.search(r"```python\n(.*?)```", README, re.DOTALL)
     assert code_block is not None
@@ -61,6 +62,19 @@ def test_the_path_on_ones_own_pictures(
         timeout=120,
     )
     assert done.stdout == "(8, 4, 16, 16)\n", done.stderr
+
+
+def _look_check_and_join(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "".join(f"train-{n // 12:05d},{n:05d},a new caption of {n}\n" for n in range(72))
+    (place / "captions.csv").write_text(f"shard,key,caption\n{rows}")
+    commands = console_commands("Look before, check after, join later")
+    assert [command[1] for command in commands] == ["inspect", "inspect", "verify", "verify", "convert"]
+    said = ["price", "dB PSNR", "ok", "ok", "matched      72\n"]
+    for command, text in zip(commands, said, strict=True):
+        capsys.readouterr()
+        assert cli.main(command[1:]) == 0, (command, capsys.readouterr().err)
+        assert text in capsys.readouterr().out
+    assert (place / "pictures.png").exists() and (place / "latents.png").exists()
 
 
 def test_what_the_readme_names_is_there() -> None:

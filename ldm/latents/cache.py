@@ -6,6 +6,7 @@ import uuid
 from pathlib import Path
 
 from ldm import storage
+from ldm.config import DamagedError
 
 
 def cache_folder() -> Path:
@@ -16,7 +17,7 @@ def cache_folder() -> Path:
 def local_copy(url: str, sha256: str) -> Path:
     """The local path of `url`; a remote one is fetched to the cache, where its hash is its name.
 
-    Raises ValueError where what arrived does not have that hash.
+    Raises DamagedError where what arrived does not have that hash.
     """
     if storage.is_local(url):
         return storage.local_path(url)
@@ -29,7 +30,7 @@ def local_copy(url: str, sha256: str) -> Path:
         storage.fetch(url, temporary)
         found = hash_file(temporary)
         if found != sha256:
-            raise ValueError(f"{url}: has sha256 {found[:12]}…, its manifest says {sha256[:12]}…; it is damaged")
+            raise DamagedError(f"{url}: has sha256 {found[:12]}…, its manifest says {sha256[:12]}…; it is damaged")
         storage.commit_file(temporary, str(target))  # two ranks of a node may meet here: the same bytes, renamed
     finally:
         temporary.unlink(missing_ok=True)

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from ldm import random
-from ldm.config import RequestError
+from ldm.config import DamagedError, RequestError
 from ldm.latents.cache import hash_file, local_copy
-from ldm.latents.manifest import Statistics, read_manifest
+from ldm.latents.manifest import read_manifest
 from ldm.latents.order import permute
+from ldm.latents.receipt import Statistics
 from ldm.latents.writer import columns_url, index_url, latents_url
 
 Split = Literal["train", "holdout"]
@@ -139,15 +140,16 @@ class LatentDataset:
         return np.concatenate(([0], np.cumsum(counts)[:-1])).astype(np.int64)
 
     @cached_property
-    def _columns(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(ids, labels) of all samples; a sample without a label gets the null class."""
-        ids, labels = [], []
+    def _columns(self) -> tuple[npt.NDArray[np.int64], ...]:
+        """(ids, labels, pictures) of all samples; a sample without a label gets the null class."""
+        ids, labels, pictures = [], [], []
         for row in self.manifest.shards:
-            path = _verified(columns_url(self.url, row["name"]), row["columns_sha256"])
-            table = pq.read_table(path, columns=["id", "label"])
+            path = _verified(columns_url(self.url, row["columns"]), row["columns_sha256"])
+            table = pq.read_table(path, columns=["id", "label", "picture"])
             ids.append(table["id"].to_numpy())
             labels.append(table["label"].fill_null(self.num_classes).to_numpy())
-        return np.concatenate(ids), np.concatenate(labels)
+            pictures.append(table["picture"].to_numpy())
+        return np.concatenate(ids), np.concatenate(labels), np.concatenate(pictures)
 
     @property
     def _ids(self) -> npt.NDArray[np.int64]:
@@ -159,8 +161,8 @@ class LatentDataset:
 
     @cached_property
     def _chosen(self) -> npt.NDArray[np.int64]:
-        """Numbers of the samples of this split, in the order of the shards."""
-        held_out = is_held_out(self._ids, self.holdout)
+        """Numbers of the samples of this split, in the order of the shards; all records of a picture go together."""
+        held_out = is_held_out(self._columns[2], self.holdout)
         return np.flatnonzero(held_out if self.split == "holdout" else ~held_out)
 
 
@@ -189,10 +191,10 @@ def channels(values: tuple[float, ...], device: str | torch.device = "cpu") -> T
 
 
 def _verified(url: str, sha256: str) -> Path:
-    """A local path of `url`. Raises ValueError where the file is not the one that the manifest names."""
+    """A local path of `url`. Raises DamagedError where the file is not the one that the manifest names."""
     path = local_copy(url, sha256)
     if hash_file(path) != sha256:
-        raise ValueError(f"{path}: does not have the hash that its manifest names; it is damaged")
+        raise DamagedError(f"{path}: does not have the hash that its manifest names; it is damaged")
     return path
 
 
@@ -205,7 +207,7 @@ class _Shard:
         index_path = _verified(index_url(url, name), str(row["index_sha256"]))
         found = path.stat().st_size
         if found != row["bytes"]:  # a map of a truncated file would end in SIGBUS
-            raise ValueError(f"{path}: has {found} bytes, its manifest says {row['bytes']}; it is damaged")
+            raise DamagedError(f"{path}: has {found} bytes, its manifest says {row['bytes']}; it is damaged")
         index = pq.read_table(index_path, columns=["offset", "crc32"])
         self._path, self._offsets, self._crcs = path, index["offset"].to_numpy(), index["crc32"].to_numpy()
         self._checked = np.zeros(len(index), dtype=bool)
@@ -222,7 +224,7 @@ class _Shard:
             self._view = np.ndarray(full, np.float16, self._map, int(self._offsets[0]), (stride, *inner))
 
     def gather(self, numbers: npt.NDArray[np.int64], out: npt.NDArray[np.float16], rows: npt.NDArray[np.int64]) -> None:
-        """Copies records `numbers` to `out[rows]`. Raises ValueError where one is not what was written."""
+        """Copies records `numbers` to `out[rows]`. Raises DamagedError where one is not what was written."""
         if self._view is not None:
             out[rows] = self._view[numbers]
         else:
@@ -233,5 +235,5 @@ class _Shard:
         # Once for each record: a check at each read would halve the speed.
         for fresh in np.flatnonzero(~self._checked[numbers]):
             if zlib.crc32(out[rows[fresh]]) != self._crcs[numbers[fresh]]:
-                raise ValueError(f"{self._path}: record {numbers[fresh]} does not have its crc32; it is damaged")
+                raise DamagedError(f"{self._path}: record {numbers[fresh]} does not have its crc32; it is damaged")
         self._checked[numbers] = True

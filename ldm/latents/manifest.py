@@ -4,64 +4,32 @@ Written last, it is the commit. Generations are immutable and named by their has
 """
 
 import hashlib
-import io
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from ldm import storage
 from ldm.autoencoder import Autoencoder
-from ldm.config import RequestError, canonical_json, differences
-from ldm.images import PICTURE_RULES
+from ldm.config import DamagedError, RequestError, canonical_json, differences
+from ldm.latents.receipt import (
+    Accounting,
+    OutputShard,
+    ShardReceipt,
+    Statistics,
+    account,
+    from_tables,
+    receipts_in,
+    statistics,
+    to_tables,
+)
 from ldm.latents.tables import from_parquet
 
 FORMAT = "ldm-latents"
-VERSION = 1
+VERSION = 2
 Store = Literal["moments", "mean"]
-
-
-@dataclass(frozen=True)
-class Accounting:
-    """inputs = encoded + filtered + quarantined, for each shard and in all."""
-
-    inputs: int = 0
-    encoded: int = 0
-    filtered: int = 0
-    quarantined: int = 0
-
-    def __post_init__(self) -> None:
-        assert self.inputs == self.encoded + self.filtered + self.quarantined, self
-
-    def __add__(self, other: "Accounting") -> "Accounting":
-        return Accounting(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values(), strict=True)))
-
-    def __str__(self) -> str:
-        return (
-            f"{self.inputs:,} = {self.encoded:,} encoded + {self.filtered:,} filtered "
-            f"+ {self.quarantined:,} quarantined"
-        )
-
-
-@dataclass(frozen=True)
-class Moments:
-    """Per-channel sums over `count` latent cells, in float64: of the mean, its square, and the posterior variance."""
-
-    count: int
-    sum: tuple[float, ...]
-    sum_of_squares: tuple[float, ...]
-    sum_of_variances: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Per-channel mean and standard deviation (C,) of posterior samples over the whole data set."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+TABLES = ("receipts", "shards")
+"""The Parquet tables of a generation."""
+_READ_COLUMNS = ["name", "count", "shape", "bytes", "sha256", "index_sha256", "columns", "columns_sha256"]
 
 
 @dataclass(frozen=True)
@@ -78,34 +46,6 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
-class ShardReceipt:
-    """The commit of one input shard: what came in, what went out, and why the rest did not."""
-
-    name: str
-    input_bytes: int
-    input_sha256: str
-    fingerprint: str
-    accounting: Accounting
-    shape: tuple[int, ...]  # of one record: (2C, h, w) moments, or (C, h, w)
-    latents_bytes: int
-    latents_sha256: str
-    index_sha256: str
-    columns_sha256: str
-    max_label: int  # -1 where no sample has a label
-    moments: Moments
-    quarantined: tuple[tuple[str, str], ...]  # (key, reason)
-    filtered: tuple[tuple[str, str], ...]
-
-    @staticmethod
-    def from_dict(values: dict[str, Any]) -> "ShardReceipt":
-        pairs = {k: tuple((str(a), str(b)) for a, b in values[k]) for k in ("quarantined", "filtered")}
-        sums = {k: tuple(v) for k, v in values["moments"].items() if k != "count"}
-        moments = Moments(count=values["moments"]["count"], **sums)
-        made = {"accounting": Accounting(**values["accounting"]), "moments": moments, **pairs}
-        return ShardReceipt(**{**values, **made, "shape": tuple(values["shape"])})
-
-
-@dataclass(frozen=True)
 class Manifest:
     """One immutable generation of a latent dataset. `generation` is its hash."""
 
@@ -118,18 +58,19 @@ class Manifest:
     factor: int
     conditioning: Conditioning
     statistics: Statistics
+    num_samples: int  # records: a picture has several where sizes or flipped copies were asked for
     accounting: Accounting
-    shards: tuple[dict[str, Any], ...]  # rows of the shard table: name, count, shape, bytes, sha256, index_sha256
-
-    @property
-    def num_samples(self) -> int:
-        return self.accounting.encoded
+    set_aside: dict[str, str]  # input shards that are not in it, with the reason
+    shards: tuple[dict[str, Any], ...]  # rows of the shard table, with the columns of _READ_COLUMNS
 
 
 def make_fingerprint(
-    autoencoder: Autoencoder, image_size: int, background: tuple[int, int, int], store: Store, precision: str
+    autoencoder: Autoencoder, pictures: dict[str, Any], store: Store, precision: str
 ) -> dict[str, Any]:
-    """Everything that the bytes of a latent depend on. Writer and reader both call this and nothing else."""
+    """Everything that the bytes of a latent depend on. Writer and reader both call this and nothing else.
+
+    pictures: what `PictureRules.fingerprint` says.
+    """
     return {
         "format": VERSION,
         "autoencoder": {
@@ -139,7 +80,7 @@ def make_fingerprint(
             "input_range": [-1, 1],
             "precision": precision,
         },
-        "pictures": {**PICTURE_RULES, "size": image_size, "background": list(background)},
+        "pictures": pictures,
         "store": store,
         "dtype": "float16",
     }
@@ -159,78 +100,61 @@ def check_fingerprint(url: str, found: dict[str, Any], wanted: dict[str, Any]) -
         )
 
 
-def receipt_url(url: str, name: str) -> str:
-    return storage.join(url, "receipts", f"{name}.json")
-
-
 def read_receipts(url: str) -> dict[str, ShardReceipt]:
-    """All committed shards by name."""
-    receipts = {}
-    for file in storage.list_dir(storage.join(url, "receipts")):
-        if file.endswith(".json") and not file.startswith("."):
-            values = storage.read_json(storage.join(url, "receipts", file))
-            receipts[values["name"]] = ShardReceipt.from_dict(values)
-    return receipts
+    """All committed receipts by name: those that the newest generation holds, and those written since."""
+    known: dict[str, ShardReceipt] = {}
+    if storage.exists(storage.join(url, "manifest.json")):
+        known = {receipt.name: receipt for receipt in generation_receipts(url, key="destination")}
+    return known | {receipt.name: receipt for receipt in receipts_in(url, but=known)}
 
 
-def combine(moments: Sequence[Moments]) -> Statistics:
-    """Statistics over all shards, summed in the given order. Var[z] = Var[mean] + E[posterior variance]."""
-    count = sum(m.count for m in moments)
-    means, stds = [], []
-    for sums in zip(*(zip(m.sum, m.sum_of_squares, m.sum_of_variances, strict=True) for m in moments), strict=True):
-        mean = math.fsum(s[0] for s in sums) / count
-        variance = math.fsum(s[1] + s[2] for s in sums) / count - mean * mean
-        means.append(mean)
-        stds.append(math.sqrt(max(variance, 1e-12)))
-    return Statistics(tuple(means), tuple(stds))
+def generation_receipts(url: str, generation: str | None = None, key: str = "latents") -> list[ShardReceipt]:
+    """The receipts that a generation holds, in the order of their names. Raises RequestError, DamagedError."""
+    values, base = _read_generation(url, generation, key)
+    return from_tables(*(_checked(f"{base}.{table}.parquet", values[table]) for table in TABLES))
 
 
 def commit_generation(
     url: str,
     receipts: Sequence[ShardReceipt],
     fingerprint: dict[str, Any],
-    autoencoder: Autoencoder,
+    channels: int,
+    factor: int,
     class_names: tuple[str, ...] = (),
+    set_aside: Mapping[str, str] | None = None,
 ) -> str:
-    """Writes a generation over the given shards and points `manifest.json` to it. Returns its hash."""
+    """Writes a generation over the given receipts and points `manifest.json` to it. Returns its hash.
+
+    set_aside: input shards that failed to the end, with their reasons; they are named in the manifest.
+    """
     receipts = sorted(receipts, key=lambda r: r.name)
-    kept = [r for r in receipts if r.accounting.encoded]
-    assert kept, "a data set without a sample is refused before this"
-    rows = [
-        {
-            "name": r.name,
-            "count": r.accounting.encoded,
-            "shape": list(r.shape),
-            "bytes": r.latents_bytes,
-            "sha256": r.latents_sha256,
-            "index_sha256": r.index_sha256,
-            "columns_sha256": r.columns_sha256,
-        }
-        for r in kept
-    ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows), buffer)
-    highest = max(r.max_label for r in kept)
+    outputs = [output for receipt in receipts for output in receipt.outputs]
+    assert outputs, "a data set without a sample is refused before this"
+    highest = max(output.max_label for output in outputs)
     if class_names and len(class_names) <= highest:
         raise RequestError(f"class_names: gives {len(class_names)} names, but the labels go up to {highest}; name all")
     num_classes = max(highest + 1, len(class_names))
     conditioning = Conditioning("class", num_classes, class_names) if num_classes else Conditioning()
+    tables = dict(zip(TABLES, to_tables(receipts), strict=True))
     manifest = {
         "format": FORMAT,
         "version": VERSION,
-        "streams": {"latents": {"store": fingerprint["store"], "dtype": "float16", "shapes": _shapes(kept)}},
-        "channels": autoencoder.latent_channels,
-        "factor": autoencoder.factor,
+        "streams": {"latents": {"store": fingerprint["store"], "dtype": "float16", "shapes": _shapes(outputs)}},
+        "channels": channels,
+        "factor": factor,
         "conditioning": asdict(conditioning),
-        "statistics": asdict(combine([r.moments for r in kept])),
-        "accounting": asdict(sum((r.accounting for r in receipts), Accounting())),
+        "statistics": asdict(statistics([output.moments for output in outputs])),
+        "num_samples": sum(output.count for output in outputs),
+        "accounting": asdict(account(receipts)),
+        "set_aside": dict(sorted((set_aside or {}).items())),
         "fingerprint": fingerprint,
-        "shards": {"count": len(rows), "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
+        **{name: hashlib.sha256(table).hexdigest() for name, table in tables.items()},
     }
     generation = _hash(manifest)
     base, pointer_url = storage.join(url, "generations", generation), storage.join(url, "manifest.json")
     if not storage.exists(f"{base}.json"):
-        storage.write_bytes(f"{base}.parquet", buffer.getvalue())
+        for name, table in tables.items():
+            storage.write_bytes(f"{base}.{name}.parquet", table)
         storage.write_json(f"{base}.json", manifest)
     pointer = {"format": FORMAT, "generation": generation}
     if not storage.exists(pointer_url) or storage.read_json(pointer_url) != pointer:
@@ -240,35 +164,11 @@ def commit_generation(
 
 def read_manifest(url: str, generation: str | None = None, key: str = "latents") -> Manifest:
     """Opens the newest generation, or the named one. Raises RequestError (for the config key `key`)."""
-    if generation is None:
-        pointer_url = storage.join(url, "manifest.json")
-        if not storage.exists(pointer_url):
-            raise RequestError(
-                f"{key}={url}: is no latent dataset (no manifest.json); give what `ldm encode` wrote, once it is done"
-            )
-        try:
-            pointer = storage.read_json(pointer_url)
-        except ValueError as error:
-            raise RequestError(f"{key}={error}") from None
-        if not isinstance(pointer, dict) or pointer.get("format") != FORMAT:
-            raise RequestError(f"{key}={url}: manifest.json is not of a latent dataset; give what `ldm encode` wrote")
-        generation = str(pointer["generation"])
-    base = storage.join(url, "generations", generation)
-    if not storage.exists(f"{base}.json"):
-        names = storage.list_dir(storage.join(url, "generations"))
-        known = ", ".join(name.removesuffix(".json") for name in names if name.endswith(".json"))
-        raise RequestError(f"{key}={url}: generation {generation} is not there; it holds {known or 'none'}")
-    values = storage.read_json(f"{base}.json")
-    if values["version"] > VERSION:
-        raise RequestError(f"{key}={url}: has format version {values['version']}, this program reads up to {VERSION}")
-    if _hash(values) != generation:
-        raise ValueError(f"{base}.json: does not have the hash that is its name; it is damaged")
-    table = storage.read_bytes(f"{base}.parquet")
-    if hashlib.sha256(table).hexdigest() != values["shards"]["sha256"]:
-        raise ValueError(f"{base}.parquet: does not have the hash that its manifest names; it is damaged")
+    values, base = _read_generation(url, generation, key)
+    table = from_parquet(_checked(f"{base}.shards.parquet", values["shards"]), _READ_COLUMNS)
     return Manifest(
         url=url,
-        generation=generation,
+        generation=storage.name(base),
         fingerprint=values["fingerprint"],
         store=values["streams"]["latents"]["store"],
         dtype=values["streams"]["latents"]["dtype"],
@@ -276,14 +176,60 @@ def read_manifest(url: str, generation: str | None = None, key: str = "latents")
         factor=values["factor"],
         conditioning=Conditioning.from_dict(values["conditioning"]),
         statistics=Statistics(tuple(values["statistics"]["mean"]), tuple(values["statistics"]["std"])),
+        num_samples=values["num_samples"],
         accounting=Accounting(**values["accounting"]),
-        shards=tuple(from_parquet(table).to_pylist()),
+        set_aside=values["set_aside"],
+        shards=tuple(table.to_pylist()),
     )
+
+
+def _read_generation(url: str, generation: str | None, key: str) -> tuple[dict[str, Any], str]:
+    """(the manifest proper, its URL without an ending)"""
+    generation = generation or _newest(url, key)
+    base = storage.join(url, "generations", generation)
+    if not storage.exists(f"{base}.json"):
+        names = storage.list_dir(storage.join(url, "generations"))
+        known = ", ".join(name.removesuffix(".json") for name in names if name.endswith(".json"))
+        raise RequestError(f"{key}={url}: generation {generation} is not there; it holds {known or 'none'}")
+    try:
+        values = storage.read_json(f"{base}.json")
+    except ValueError as error:
+        raise DamagedError(str(error)) from None
+    version = values.get("version") if isinstance(values, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise RequestError(f"{key}={url}: has format version {version}, this program reads {VERSION}")
+    if _hash(values) != generation:
+        raise DamagedError(f"{base}.json: does not have the hash that is its name; it is damaged")
+    return values, base
+
+
+def _newest(url: str, key: str) -> str:
+    pointer_url = storage.join(url, "manifest.json")
+    if not storage.exists(pointer_url):
+        raise RequestError(
+            f"{key}={url}: is no latent dataset (no manifest.json); give what `ldm encode` wrote, once it is done"
+        )
+    try:
+        pointer = storage.read_json(pointer_url)
+    except ValueError as error:
+        raise RequestError(f"{key}={error}") from None
+    if not isinstance(pointer, dict) or pointer.get("format") != FORMAT:
+        raise RequestError(f"{key}={url}: manifest.json is not of a latent dataset; give what `ldm encode` wrote")
+    if not isinstance(pointer.get("generation"), str):
+        raise RequestError(f"{key}={url}: manifest.json names no generation; it is damaged")
+    return str(pointer["generation"])
+
+
+def _checked(url: str, sha256: str) -> bytes:
+    data = storage.read_bytes(url)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DamagedError(f"{url}: does not have the hash that its manifest names; it is damaged")
+    return data
 
 
 def _hash(values: dict[str, Any]) -> str:
     return hashlib.sha256(canonical_json(values).encode()).hexdigest()[:16]
 
 
-def _shapes(receipts: Sequence[ShardReceipt]) -> list[list[int]]:
-    return [list(shape) for shape in sorted({r.shape for r in receipts})]
+def _shapes(outputs: Sequence[OutputShard]) -> list[list[int]]:
+    return [list(shape) for shape in sorted({output.shape for output in outputs})]

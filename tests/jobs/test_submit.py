@@ -102,7 +102,7 @@ def test_the_exit_code_of_the_job_is_passed_on(
     submit: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
 ) -> None:
     (tmp_path / "in-0.tar").write_bytes(b"this is no tar" * 100)
-    done = submit(*ENCODE, "retry=0", "tracking.enabled=false")
+    done = submit(*ENCODE, "tracking.enabled=false")
     assert done.returncode == 1, done.stderr
     assert "error: 1 of 1 shards failed" in done.stderr
 

@@ -14,20 +14,10 @@ from ldm import storage
 from ldm.config import RequestError
 from ldm.latents import dataset as dataset_module
 from ldm.latents.dataset import LatentDataset
-from ldm.latents.manifest import (
-    Accounting,
-    Conditioning,
-    Moments,
-    Statistics,
-    combine,
-    commit_generation,
-    fingerprint_hash,
-    make_fingerprint,
-    read_manifest,
-    read_receipts,
-)
-from ldm.latents.writer import ShardWriter, sample_id
-from tests.pictures import COUNTS, TOTAL, latent_dataset, records, write_latent_shard
+from ldm.latents.manifest import Conditioning, commit_generation, fingerprint_hash, read_manifest, read_receipts
+from ldm.latents.receipt import Accounting, Moments, Statistics, statistics
+from ldm.latents.writer import ShardWriter, quarantine_url, sample_id
+from tests.pictures import COUNTS, TOTAL, latent_dataset, records, some_fingerprint, write_latent_shard
 
 
 def moments_by_id(content):
@@ -69,10 +59,10 @@ def test_plain_webdataset_reads_it(written):
 def test_keys_of_every_length(kl, tmp_path, keys):
     """A name of over 100 bytes takes two tar blocks more: records then lie at unequal distances."""
     url = str(tmp_path)
-    fingerprint = make_fingerprint(kl, 4, (255, 255, 255), "moments", "float32")
+    fingerprint = some_fingerprint(kl, 4)
     moments = records(4)
     receipt = write_latent_shard(url, "a", moments, fingerprint=fingerprint_hash(fingerprint), keys=keys)
-    commit_generation(url, [receipt], fingerprint, kl)
+    commit_generation(url, [receipt], fingerprint, kl.latent_channels, kl.factor)
     assert np.array_equal(LatentDataset(url, global_batch_size=2).all().moments.numpy(), moments)
     theirs = list(webdataset.WebDataset(f"{url}/latents/a.tar", shardshuffle=False).decode())
     assert [sample["__key__"] for sample in theirs] == keys
@@ -118,9 +108,21 @@ def test_statistics_are_those_of_posterior_samples(written):
 
 def test_statistics_of_latents_without_a_variance():
     values = np.array([1.0, 2.0, 4.0])
-    sums = [Moments(1, (v,), (v * v,), (0.0,)) for v in values]
-    assert combine(sums).mean == pytest.approx((values.mean(),))
-    assert combine(sums).std == pytest.approx((values.std(),))
+    parts = [Moments(1, (v,), (0.0,), (0.0,)) for v in values]
+    assert statistics(parts).mean == pytest.approx((values.mean(),))
+    assert statistics(parts).std == pytest.approx((values.std(),))
+
+
+@pytest.mark.parametrize("far", [0.0, 3e4])
+def test_statistics_do_not_depend_on_how_samples_are_cut_into_shards(far):
+    """And lose no digit far from zero, where a sum of squares in float64 would lose eight."""
+    values = (far + np.random.default_rng(0).normal(size=(500, 3, 2, 2))).astype(np.float16)
+    whole = statistics([Moments.of(values, 3)])
+    for cuts in ([250], [1, 2, 499], list(range(7, 500, 13))):
+        parts = [Moments.of(part, 3) for part in np.split(values, cuts)]
+        assert statistics(parts[::-1]) == statistics(parts)
+        assert statistics(parts).mean == pytest.approx(whole.mean, rel=1e-14)
+        assert statistics(parts).std == pytest.approx(whole.std, rel=1e-12)
 
 
 def test_accounting_adds_up(kl, tmp_path):
@@ -131,7 +133,11 @@ def test_accounting_adds_up(kl, tmp_path):
     assert [row["count"] for row in manifest.shards] == [
         receipts[r["name"]].accounting.encoded for r in manifest.shards
     ]
-    assert receipts["shard-0"].quarantined == (("bad-0", "planted"), ("bad-1", "planted"))
+    place = quarantine_url(str(tmp_path), "shard-0")
+    assert [(r["key"], r["reason"], r["outcome"]) for r in storage.read_json_lines(place)] == [
+        ("bad-0", "planted", "quarantined"),
+        ("bad-1", "planted", "quarantined"),
+    ]
     with pytest.raises(AssertionError):
         Accounting(3, 1, 1, 0)
 
@@ -150,12 +156,12 @@ def test_a_writer_that_fails_writes_nothing(tmp_path):
 
 def test_a_shard_without_a_sample_is_accounted_and_holds_no_file(kl, tmp_path):
     url = str(tmp_path)
-    fingerprint = make_fingerprint(kl, 4, (255, 255, 255), "moments", "float32")
+    fingerprint = some_fingerprint(kl, 4)
     both = [
         write_latent_shard(url, name, records(count), fingerprint="f", quarantined=3)
         for name, count in (("a", 2), ("empty", 0))
     ]
-    commit_generation(url, both, fingerprint, kl)
+    commit_generation(url, both, fingerprint, kl.latent_channels, kl.factor)
     assert read_manifest(url).accounting == Accounting(8, 2, 0, 6)
     assert storage.list_dir(f"{url}/latents") == ["a.index.parquet", "a.tar"]
     assert LatentDataset(url, global_batch_size=1).num_samples == 2
@@ -208,14 +214,14 @@ def test_samples_without_labels(kl, tmp_path):
 
 def test_a_missing_label_is_the_null_class(kl, tmp_path):
     url = str(tmp_path)
-    fingerprint = make_fingerprint(kl, 4, (255, 255, 255), "moments", "float32")
+    fingerprint = some_fingerprint(kl, 4)
     with ShardWriter(url, "a", "f", 4) as writer:
         for n, label in enumerate((0, None, 4)):
             writer.add(str(n), records(1)[0], label=label)
-        receipt = writer.commit(1, "0")
+        receipt = writer.commit(3, 1, "0")
     with pytest.raises(RequestError, match="class_names: gives 2 names, but the labels go up to 4"):
-        commit_generation(url, [receipt], fingerprint, kl, class_names=("a", "b"))
-    commit_generation(url, [receipt], fingerprint, kl, class_names=tuple("abcde"))
+        commit_generation(url, [receipt], fingerprint, kl.latent_channels, kl.factor, class_names=("a", "b"))
+    commit_generation(url, [receipt], fingerprint, kl.latent_channels, kl.factor, class_names=tuple("abcde"))
     data = LatentDataset(url, global_batch_size=3)
     assert data.num_classes == 5 and data.manifest.conditioning.names == tuple("abcde")
     assert data.all().labels.tolist() == [0, 5, 4]

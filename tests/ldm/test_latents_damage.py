@@ -10,6 +10,7 @@ import torch
 
 from ldm import storage
 from ldm.config import RequestError
+from ldm.images import PictureRules
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import (
     check_fingerprint,
@@ -18,7 +19,7 @@ from ldm.latents.manifest import (
     read_manifest,
     read_receipts,
 )
-from tests.pictures import COUNTS, TOTAL, latent_dataset
+from tests.pictures import COUNTS, TOTAL, latent_dataset, some_fingerprint
 
 
 @pytest.fixture
@@ -65,11 +66,11 @@ def test_committing_again_touches_nothing(kl, tmp_path):
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.json") if "receipts" not in str(p)}
     values = json.loads((tmp_path / "generations" / f"{first}.json").read_text())
     receipts = list(read_receipts(str(tmp_path)).values())
-    assert commit_generation(str(tmp_path), receipts, values["fingerprint"], kl) == first
+    assert commit_generation(str(tmp_path), receipts, values["fingerprint"], kl.latent_channels, kl.factor) == first
     assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
-    fewer = commit_generation(str(tmp_path), receipts[:2], values["fingerprint"], kl)
+    fewer = commit_generation(str(tmp_path), receipts[:2], values["fingerprint"], kl.latent_channels, kl.factor)
     assert read_manifest(str(tmp_path)).generation == fewer
-    assert commit_generation(str(tmp_path), receipts, values["fingerprint"], kl) == first
+    assert commit_generation(str(tmp_path), receipts, values["fingerprint"], kl.latent_channels, kl.factor) == first
     assert read_manifest(str(tmp_path)).generation == first
 
 
@@ -113,22 +114,23 @@ def test_a_changed_manifest_is_refused(copy):
 
 
 def test_a_flipped_shard_table_is_refused(copy):
-    damage(next((copy / "generations").glob("*.parquet")), flip)
+    damage(next((copy / "generations").glob("*.shards.parquet")), flip)
     with pytest.raises(ValueError, match=r"\.parquet: does not have the hash"):
         read_manifest(str(copy))
 
 
 def test_a_newer_format_is_refused(copy):
     file = next((copy / "generations").glob("*.json"))
-    damage(file, lambda data: data.replace(b'"version": 1\n', b'"version": 2\n'))
-    with pytest.raises(RequestError, match="has format version 2, this program reads up to 1"):
+    damage(file, lambda data: data.replace(b'"version": 2\n', b'"version": 3\n'))
+    with pytest.raises(RequestError, match="has format version 3, this program reads 2"):
         read_manifest(str(copy))
 
 
 def test_the_fingerprint_says_what_differs(kl):
-    made = make_fingerprint(kl, 64, (255, 255, 255), "moments", "float32")
+    made = some_fingerprint(kl, 64)
     check_fingerprint("x", made, json.loads(json.dumps(made)))
-    other = make_fingerprint(kl, 32, (0, 255, 255), "mean", "float32")
+    rules = PictureRules((32,), background=(0, 255, 255))
+    other = make_fingerprint(kl, rules.fingerprint(), "mean", "float32")
     with pytest.raises(RequestError) as caught:
         check_fingerprint("place", made, other)
     assert str(caught.value).startswith("destination=place: holds latents made in another way (")
@@ -141,6 +143,6 @@ def test_the_fingerprint_says_what_differs(kl):
 
 
 def test_the_shard_table_is_plain_parquet(written):
-    table = pq.read_table(next(Path(written[0]).glob("generations/*.parquet"))).to_pylist()
+    table = pq.read_table(next(Path(written[0]).glob("generations/*.shards.parquet"))).to_pylist()
     assert [(row["name"], row["count"]) for row in table] == [(f"shard-{i}", n) for i, n in enumerate(COUNTS)]
     assert all(Path(written[0], "latents", f"{r['name']}.tar").stat().st_size == r["bytes"] for r in table)

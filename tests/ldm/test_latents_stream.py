@@ -8,10 +8,9 @@ from ldm.config import RequestError
 from ldm.latents.dataset import LatentBatch, LatentDataset, draw_latents, is_held_out
 from ldm.latents.manifest import (
     commit_generation,
-    make_fingerprint,
 )
 from ldm.latents.order import permute
-from tests.pictures import COUNTS, TOTAL, latent_dataset, records, write_latent_shard
+from tests.pictures import COUNTS, TOTAL, latent_dataset, records, some_fingerprint, write_latent_shard
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -160,9 +159,11 @@ def test_drawn_latents_are_posterior_samples(written):
 
 def test_latents_without_a_variance_are_only_normalised(kl, tmp_path):
     url = str(tmp_path)
-    fingerprint = make_fingerprint(kl, 4, (255, 255, 255), "mean", "float32")
+    fingerprint = some_fingerprint(kl, 4, "mean")
     means = records(20, shape=(4, 2, 2))
-    commit_generation(url, [write_latent_shard(url, "a", means, fingerprint="f")], fingerprint, kl)
+    commit_generation(
+        url, [write_latent_shard(url, "a", means, fingerprint="f")], fingerprint, kl.latent_channels, kl.factor
+    )
     data = LatentDataset(url, global_batch_size=20)
     latents = draw_latents(data.all(), data.statistics, 0)
     assert torch.equal(latents, draw_latents(data.all(), data.statistics, 1)) and data.latent_shape == (4, 2, 2)

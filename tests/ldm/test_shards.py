@@ -50,7 +50,7 @@ def test_members_that_share_a_key_are_one_sample(tmp_path):
             ("README", b"no sample"),
             (".hidden", b"no sample"),
             ("dir/._one.jpg", b"no sample"),
-            ("one.txt", b"later"),
+            ("one.jpg", b"again"),
         ],
     )
     found = read(path)
@@ -58,11 +58,46 @@ def test_members_that_share_a_key_are_one_sample(tmp_path):
         ("dir.v1/one", {"jpg": b"1", "cls": b"3", "seg.png": b"mask"}),
         ("one", {"jpg": b"2"}),
         ("two", {"txt": b" a caption \n"}),
-        ("one", {"txt": b"later"}),
+        ("one", {"jpg": b"again"}),
     ]
     first, _, third, _ = (RawSample(key, members) for key, members in found)
     assert (first.picture, first.label, first.caption) == (b"1", 3, None)
     assert (third.picture, third.label, third.caption) == (None, None, "a caption")
+
+
+def test_samples_that_interleave_are_refused(tmp_path):
+    """Sorted by extension, say: the captions would be lost, or belong to nobody."""
+    members = [("one.jpg", b"1"), ("two.jpg", b"2"), ("one.txt", b"first"), ("two.txt", b"second")]
+    with pytest.raises(tarfile.ReadError, match=r"the members of one stand apart \(one\.txt\); write each in a run"):
+        read(tar(tmp_path / "a.tar", members))
+
+
+def test_a_member_that_would_fill_the_memory_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("ldm.shards.MAX_SAMPLE_BYTES", 10)
+    path = tar(tmp_path / "a.tar", [("one.jpg", b"x" * 11), ("one.cls", b"1"), ("two.jpg", b"x" * 10)])
+    one, two = ShardReader(path)
+    assert one.problem == "has 11 bytes with its .jpg, the limit is 10" and one.members == {"jpg": b"", "cls": b"1"}
+    assert two.problem == "" and two.picture == b"x" * 10
+
+
+def test_labels_and_captions_from_json_fields():
+    sample = RawSample("a", {"json": b'{"class": 7, "text": "a pear", "score": 0.5, "flag": true}', "n": b"3"})
+    assert (sample.label_from("json.class"), sample.caption_from("json.text")) == (7, "a pear")
+    assert (sample.label_from("json.none"), sample.caption_from("json.none"), sample.label_from("n")) == (None, None, 3)
+    for field in ("score", "flag", "text"):
+        with pytest.raises(ValueError, match=rf"^its json\.{field} is .*, expected a class number"):
+            sample.label_from(f"json.{field}")
+    with pytest.raises(ValueError, match="expected a text"):
+        sample.caption_from("json.score")
+    for text in (b"{", b"[1]", b"\xff", b"[" * 100_000):
+        with pytest.raises(ValueError, match="^its .json "):
+            RawSample("a", {"json": text}).label_from("json.class")
+
+
+@pytest.mark.parametrize("extension", ["jpg", "avif", "jp2", "jfif"])
+def test_the_picture_of_a_sample(extension):
+    assert RawSample("one", {"cls": b"1", "seg.png": b"mask", extension: b"picture"}).picture == b"picture"
+    assert RawSample("one", {"cls": b"1", f"seg.{extension}": b"mask"}).picture is None
 
 
 def test_samples_are_those_of_webdataset(tmp_path):

@@ -12,9 +12,10 @@ from ldm import snapshot as snapshot_module
 from ldm.config import RequestError
 from ldm.denoiser import DenoiserConfig, build_denoiser
 from ldm.diffusion import DiffusionConfig
-from ldm.latents.manifest import Conditioning, Statistics, make_fingerprint
+from ldm.latents.manifest import Conditioning
+from ldm.latents.receipt import Statistics
 from ldm.snapshot import read_snapshot, write_snapshot
-from tests.pictures import TINY_DIT, kl_model, write_tiny_snapshot
+from tests.pictures import TINY_DIT, kl_model, some_fingerprint, write_tiny_snapshot
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -38,7 +39,7 @@ def test_round_trip(place, kl):
     assert found.statistics == Statistics((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 0.5, 1.5))
     assert found.conditioning == Conditioning("class", 3, ("apple", "pear", "plum"))
     assert (found.latent_shape, found.step, found.images_seen) == ((4, 4, 4), 7, 700)
-    assert found.fingerprint == make_fingerprint(kl, 8, (255, 255, 255), "moments", "float32")
+    assert found.fingerprint == some_fingerprint(kl, 8)
     denoiser, autoencoder = found.load_denoiser(), found.load_autoencoder()
     expected = build_denoiser(TINY_DIT, in_channels=4, sample_size=(4, 4), num_classes=3)
     assert denoiser.state_dict().keys() == expected.state_dict().keys()

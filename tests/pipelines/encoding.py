@@ -1,15 +1,15 @@
 """What the tests of encode share."""
 
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from ldm import storage
-from ldm.latents.manifest import (
-    ShardReceipt,
-    fingerprint_hash,
-)
-from pipelines.encode import EncodeConfig, ShardEncoder, plan
+from ldm.latents.manifest import fingerprint_hash
+from ldm.latents.receipt import ShardReceipt
+from ldm.latents.writer import quarantine_url
+from pipelines.encode import EncodeConfig, plan
+from pipelines.encode.plan import Task
+from pipelines.encode.worker import ShardEncoder
 from pipelines.tracking import TrackingConfig
 
 SIZE = 16
@@ -35,16 +35,22 @@ def tree(folder: object) -> dict[str, tuple[bytes, int]]:
     return {str(p.relative_to(str(folder))): (p.read_bytes(), p.stat().st_mtime_ns) for p in files}
 
 
+def quarantine(destination: object, name: str) -> list[dict[str, Any]]:
+    """What was refused of one input shard."""
+    return storage.read_json_lines(quarantine_url(str(destination), name))
+
+
 def contents(folder: object) -> dict[str, bytes]:
     return {name: data for name, (data, _) in tree(folder).items()}
 
 
-def encode_here(settings: EncodeConfig, name: str) -> ShardReceipt:
+def encode_here(settings: EncodeConfig, name: str, attempt: int = 0, threads: int = 1) -> ShardReceipt:
     """One shard through the actor's class in this very process."""
-    todo, threads = plan(settings), torch.get_num_threads()
+    todo = plan(settings)
     todo.autoencoder.save(storage.join(settings.destination, "autoencoder"))
+    task = next((task for task in todo.tasks if task.shard.name == name), Task(todo.shards[name], attempt))
+    encoder = ShardEncoder(settings, fingerprint_hash(todo.fingerprint), "cpu", threads)
     try:
-        encoder = ShardEncoder(settings, fingerprint_hash(todo.fingerprint), "cpu", 1)
-        return encoder.encode_shard(name, todo.urls[name])
+        return encoder.encode_shard(task).receipt
     finally:
-        torch.set_num_threads(threads)  # on which the last bits of other tests depend
+        encoder.close()

@@ -13,6 +13,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from ldm.autoencoder import load_autoencoder
 from ldm.config import RequestError
@@ -24,10 +25,12 @@ from ldm.latents.manifest import (
     read_receipts,
 )
 from ldm.shards import RawSample, ShardReader
-from pipelines.encode import encode
+from pipelines.encode import encode, run
 from pipelines.tracking import TrackingConfig
 from tests.pictures import encoded, image_shard, kl_model, picture, samples
-from tests.pipelines.encoding import SIZE, config, contents, tree
+from tests.pipelines.encoding import SIZE, config, contents, quarantine, tree
+
+GENERATION = ("json", "receipts.parquet", "shards.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +59,10 @@ def test_the_accounting_adds_up(whole):
 
 @pytest.mark.ray
 def test_every_quarantined_sample_has_its_reason(whole):
-    receipt = read_receipts(str(whole[0]))["train-00001"]
-    reasons = dict(receipt.quarantined)
-    assert len(receipt.quarantined) == 4
+    records = quarantine(whole[0], "train-00001")
+    reasons = {record["key"]: record["reason"] for record in records}
+    assert len(records) == 4 and {record["shard"] for record in records} == {"train-00001"}
+    assert {record["outcome"] for record in records} == {"quarantined"}
     assert reasons["00022"] == "its key stands twice in the shard"
     assert reasons["00023"] == "is no picture that Pillow knows"
     assert reasons["00031"] == "holds no picture, only cls, txt"
@@ -72,8 +76,10 @@ def test_nothing_but_the_data_set_is_left(whole):
     parts = (("latents", ".tar"), ("latents", ".index.parquet"), ("columns", ".parquet"), ("receipts", ".json"))
     expected = {f"{folder}/{name}{end}" for name in shards for folder, end in parts}
     generation = whole[1].generation
-    expected |= {f"generations/{generation}.json", f"generations/{generation}.parquet", "manifest.json"}
+    expected |= {f"generations/{generation}.{end}" for end in GENERATION}
     expected |= {
+        "manifest.json",
+        "quarantine/train-00001.jsonl",
         "fingerprint.json",
         "autoencoder/config.json",
         "autoencoder/diffusion_pytorch_model.safetensors",
@@ -119,7 +125,7 @@ def test_a_run_in_parts_is_the_run_in_one_go(whole, source, vae, tmp_path):
     assert (second.inputs, second.shards, second.skipped_shards) == (60, 3, 1)
     assert second.generation == whole[1].generation
     # The first part's own generation stays beside: a run that began with it goes on with it.
-    first_files = {f"generations/{first.generation}.json", f"generations/{first.generation}.parquet"}
+    first_files = {f"generations/{first.generation}.{end}" for end in GENERATION}
     found = contents(tmp_path / "latents")
     assert {name: data for name, data in found.items() if name not in first_files} == contents(whole[0])
     now = tree(tmp_path / "latents")
@@ -150,6 +156,43 @@ def test_a_relative_destination_and_tracking(whole, source, vae, tmp_path, monke
     assert run.data.tags["fingerprint"] == fingerprint_hash(read_manifest("latents").fingerprint)
     data = {i.tags[0].value: (i.dataset.name, i.dataset.digest) for i in run.inputs.dataset_inputs}
     assert set(data) == {"source", "latents"} and data["latents"] == ("latents", report.generation)
+
+
+@pytest.mark.ray
+def test_what_another_run_commits_meanwhile_is_not_forgotten(ray_session, source, vae, tmp_path, monkeypatch):
+    """Two runs into one destination, each with shards of its own: the last one's generation holds all."""
+    planned, destination = run.plan, tmp_path / "latents"
+
+    def plan_while_another_works(settings):
+        todo = planned(settings)
+        monkeypatch.undo()
+        encode(config(source, destination, vae, source=f"{source}/train-00001.tar"))
+        return todo
+
+    monkeypatch.setattr(run, "plan", plan_while_another_works)
+    report = encode(config(source, destination, vae, source=f"{source}/train-00000.tar"))
+    assert report.shards == 2 and report.inputs == 40
+    assert {row["name"] for row in read_manifest(str(destination)).shards} == {"train-00000", "train-00001"}
+
+
+@pytest.mark.ray
+def test_what_mlflow_shows_of_an_encode(ray_session, source, vae, tmp_path):
+    """Its parameters, throughput, where the time went, the price, and decoded records beside their sources."""
+    from mlflow import MlflowClient
+
+    tracking = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="tests")
+    report = encode(config(source, tmp_path / "latents", vae, tracking=tracking, price_per_hour=3.6, num_workers=1))
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    assert run.data.params["price_per_hour"] == "3.6" and run.data.params["image_size"] == str(SIZE)
+    metrics = run.data.metrics
+    shares = [metrics[f"perf/{part}_share"] for part in ("read", "decode", "vae", "write")]
+    assert min(shares) > 0 and sum(shares) == pytest.approx(1)
+    assert metrics["perf/images_per_second"] == pytest.approx(report.images_per_second, rel=0.01)
+    assert metrics["perf/price_per_million_images"] == pytest.approx(1000 / metrics["perf/images_per_second"])
+    assert 0 < metrics["data/preview_psnr"] < 60
+    grid = Image.open(client.download_artifacts(run.info.run_id, "preview.png", str(tmp_path)))
+    assert grid.size == (8 * SIZE + 14, 2 * SIZE + 2)  # four pairs a row, gaps of two
 
 
 @pytest.mark.ray
@@ -192,10 +235,11 @@ def test_a_damaged_tar_is_named_and_stops_no_other(ray_session, source, vae, tmp
     broken = tmp_path / "images" / "train-00001.tar"
     data = broken.read_bytes()
     broken.write_bytes(data[: len(data) // 2 + 100])
-    with pytest.raises(RuntimeError, match=r"^1 of 3 shards failed, the others are committed: .*train-00001\.tar: "):
+    with pytest.raises(RuntimeError, match=r"^1 of 3 shards failed, the others are committed; the same .*00001\.tar: "):
         encode(config(str(tmp_path / "images"), tmp_path / "latents", vae))
     assert sorted(read_receipts(str(tmp_path / "latents"))) == ["train-00000", "train-00002"]
-    assert not (tmp_path / "latents" / "manifest.json").exists()
+    manifest = read_manifest(str(tmp_path / "latents"))  # the others can be used, and it says what they are without
+    assert manifest.num_samples == 40 and list(manifest.set_aside) == ["train-00001"]
     assert not list((tmp_path / "latents").glob(".attempt-*"))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -12,14 +13,14 @@ from ldm.autoencoder import load_autoencoder
 from ldm.config import RequestError
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import (
-    Accounting,
     commit_generation,
     read_manifest,
 )
+from ldm.latents.receipt import Accounting
 from ldm.shards import RawSample, ShardReader
 from pipelines.encode import encode, plan
-from tests.pictures import image_shard, kl_model, tiny_model
-from tests.pipelines.encoding import SIZE, config, encode_here
+from tests.pictures import encoded, image_shard, kl_model, picture, tiny_model
+from tests.pipelines.encoding import SIZE, config, encode_here, quarantine
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,12 @@ from tests.pipelines.encoding import SIZE, config, encode_here
         ({"source": "pipe:cat x.tar"}, r"^pipe:cat x\.tar: runs a shell command, which is refused"),
         ({"autoencoder": "/absent"}, r"^autoencoder=/absent: holds no config\.json"),
         ({"class_names": "/absent.json"}, r"^class_names=/absent\.json: cannot be read"),
+        ({"image_size": (16, 16)}, r"^image_size=\[16, 16\]: give at least one size, and each once$"),
+        ({"image_size": ()}, r"^image_size=\[\]: give at least one size, and each once$"),
+        ({"image_size": 4096}, r"^batch_size=8: has 402\.7 MB of pixels, .*; give at most 2$"),
+        ({"image_size": (16, 17)}, r"^image_size=17: the autoencoder's factor 2 does not divide it; give 16$"),
+        ({"image_size": (16, 32), "buckets": {"step": 8}}, r"^image_size=\[16, 32\]: with buckets it is one area"),
+        ({"image_size": 64, "buckets": {"step": 3}}, r"^buckets\.step=3: the autoencoder's factor 2 does not divide"),
     ],
 )
 def test_a_wrong_request_is_refused_before_any_work(source, vae, tmp_path, changes, message):
@@ -42,9 +49,29 @@ def test_a_wrong_request_is_refused_before_any_work(source, vae, tmp_path, chang
     assert not (tmp_path / "latents").exists()
 
 
+def test_a_destination_in_a_folder_of_pictures_is_refused(vae, tmp_path):
+    storage.write_bytes(f"{tmp_path}/in/a.png", encoded(picture(1)))
+    for place in ("in", "in/latents"):
+        with pytest.raises(RequestError, match=r"^destination=.*: lies in the source; give a folder of its own$"):
+            plan(config("", tmp_path / place, vae, source=f"{tmp_path}/in"))
+
+
+def test_other_classes_than_before_are_refused(vae, tmp_path):
+    for name in ("one/cats/a.png", "one/dogs/b.png", "two/ant/c.png", "two/bee/d.png"):
+        storage.write_bytes(f"{tmp_path}/{name}", encoded(picture(1)))
+    settings = config("", tmp_path / "latents", vae, source=f"{tmp_path}/one")
+    todo = plan(settings)
+    receipts = [encode_here(settings, name) for name in todo.shards]
+    model = todo.autoencoder
+    commit_generation(
+        settings.destination, receipts, todo.fingerprint, model.latent_channels, model.factor, todo.class_names
+    )
+    with pytest.raises(RequestError, match=r"^source=.*two: has the classes ant, bee, but .* has cats, dogs; give"):
+        plan(config("", tmp_path / "latents", vae, source=f"{tmp_path}/two"))
+
+
 def test_an_empty_source_and_one_name_twice_are_refused(source, vae, tmp_path):
-    (tmp_path / "empty.tar").write_bytes(b"")
-    with pytest.raises(RequestError, match=r"^source=.*empty\.tar: is empty; give a WebDataset tar"):
+    with pytest.raises(RequestError, match=r"^source=.*: matches no file"):
         encode(config(str(tmp_path), tmp_path / "latents", vae))
     (tmp_path / "other").mkdir()
     shutil.copy(f"{source}/train-00000.tar", tmp_path / "other")
@@ -60,10 +87,14 @@ def test_a_background_that_is_no_colour_is_refused(background, vae):
         config("x", "y", vae, background=background)
 
 
+def names(todo):
+    return [task.shard.name for task in todo.tasks]
+
+
 def test_the_plan_says_what_is_left(source, vae, tmp_path):
     todo = plan(config(source, tmp_path / "latents", vae, max_shards=2))
-    assert todo.todo == ("train-00000", "train-00001") and todo.done == {}
-    assert todo.input_bytes == sum(os.path.getsize(f"{source}/{name}.tar") for name in todo.todo)
+    assert names(todo) == ["train-00000", "train-00001"] and todo.receipts == {}
+    assert todo.input_bytes == sum(os.path.getsize(f"{source}/{name}.tar") for name in names(todo))
     assert not (tmp_path / "latents").exists()
 
 
@@ -81,7 +112,7 @@ def test_the_plan_estimates_what_is_written(source, vae, tmp_path, store):
 
 
 def test_more_than_the_disk_holds_is_refused(source, vae, tmp_path):
-    huge = config(source, tmp_path / "latents", vae, image_size=2**24)  # 1 PB for each picture
+    huge = config(source, tmp_path / "latents", vae, image_size=2**24, batch_size=1)  # 1 PB for each picture
     message = r"^destination=.*latents: needs about [\d.,]+ TB, but [\d.,]+ .B are free; give a destination on a larger"
     with pytest.raises(RequestError, match=message):
         plan(huge)
@@ -92,7 +123,7 @@ def test_where_the_first_shard_is_damaged_there_is_no_estimate(source, vae, tmp_
     (tmp_path / "a.tar").write_bytes(data[: len(data) // 2])
     shutil.copy(f"{source}/train-00001.tar", tmp_path / "b.tar")
     todo = plan(config(str(tmp_path), tmp_path / "latents", vae))
-    assert todo.output_bytes is None and todo.todo == ("a", "b")
+    assert todo.output_bytes is None and names(todo) == ["a", "b"]
 
 
 def test_a_source_without_pictures_is_refused(vae, tmp_path):
@@ -112,11 +143,11 @@ def test_one_encoder_on_an_object_store(source, s3, vae, tmp_path, monkeypatch):
     for place, inputs in ((str(tmp_path / "latents"), source), (f"{s3}/encoded", f"{s3}/images")):
         settings = config(inputs, place, vae, source=f"{inputs}/train-00001.tar")
         receipt = encode_here(settings, "train-00001")
-        commit_generation(place, [receipt], plan(settings).fingerprint, autoencoder)
+        commit_generation(place, [receipt], plan(settings).fingerprint, autoencoder.latent_channels, autoencoder.factor)
         found[place] = (
-            receipt,
+            replace(receipt, input_url="", input_etag=""),
             storage.read_bytes(f"{place}/latents/train-00001.tar"),
-            read_manifest(place).generation,
+            read_manifest(place).statistics,
         )
     local, remote = found.values()
     assert local == remote and local[0].accounting.encoded == 16
@@ -132,7 +163,7 @@ def test_a_deterministic_autoencoder_and_the_mean_alone(source, vae, tmp_path, s
     settings = config(source, tmp_path / "latents", vae, store=store, source=f"{source}/train-00000.tar")
     receipt = encode_here(settings, "train-00000")
     side = SIZE // load_autoencoder(vae).factor
-    assert receipt.shape == (4, side, side) and receipt.accounting.encoded == 20
+    assert [output.shape for output in receipt.outputs] == [(4, side, side)] and receipt.accounting.encoded == 20
 
 
 def test_a_latent_beyond_fp16_is_quarantined(source, tmp_path):
@@ -142,7 +173,9 @@ def test_a_latent_beyond_fp16_is_quarantined(source, tmp_path):
     settings = config(source, tmp_path / "latents", str(tmp_path / "vae"), source=f"{source}/train-00000.tar")
     receipt = encode_here(settings, "train-00000")
     assert receipt.accounting.quarantined == 20
-    assert {reason for _, reason in receipt.quarantined} == {"its latent is not finite in fp16"}
+    assert {record["reason"] for record in quarantine(tmp_path / "latents", "train-00000")} == {
+        "its latent is not finite in fp16"
+    }
 
 
 @pytest.mark.real_data

@@ -8,8 +8,10 @@ from diffusers import AutoencoderKL
 from ldm.autoencoder import load_autoencoder
 from ldm.denoiser import DenoiserConfig, build_denoiser
 from ldm.diffusion import DiffusionConfig
-from ldm.latents.manifest import Conditioning, Statistics, make_fingerprint
+from ldm.latents.manifest import Conditioning
+from ldm.latents.receipt import Statistics
 from ldm.snapshot import write_snapshot
+from tests.pictures import some_fingerprint
 
 NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 DIGITS = Conditioning("class", 10, NAMES)
@@ -41,7 +43,7 @@ def write_tiny_snapshot(url: Path, conditioning: Conditioning = DIGITS, seed: in
         statistics=Statistics((0.1, 0.0, -0.1, 0.2), (1.0, 0.9, 1.1, 1.0)),
         conditioning=conditioning,
         latent_shape=(4, 4, 4),
-        fingerprint=make_fingerprint(load_autoencoder(autoencoder_url), 32, (255, 255, 255), "moments", "float32"),
+        fingerprint=some_fingerprint(load_autoencoder(autoencoder_url), 32),
         step=30,
         images_seen=960,
         autoencoder_url=autoencoder_url,
