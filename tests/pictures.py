@@ -79,6 +79,25 @@ def tiny_model(seed: int = 0) -> torch.nn.Module:
         )
 
 
+def dc_model() -> torch.nn.Module:
+    """A random AutoencoderDC, factor 4, deterministic."""
+    import diffusers
+
+    sides = [f"{side}_{key}" for side in ("encoder", "decoder") for key in ("block_out_channels", "layers_per_block")]
+    sizes = dict(zip(sides, [(8, 16, 16), (1, 1, 1)] * 2, strict=True))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return diffusers.AutoencoderDC(
+            latent_channels=4,
+            encoder_block_types="ResBlock",
+            decoder_block_types="ResBlock",
+            encoder_qkv_multiscales=((), (), ()),
+            decoder_qkv_multiscales=((), (), ()),
+            attention_head_dim=8,
+            **sizes,
+        )
+
+
 def records(count: int, seed: int = 0, shape: tuple[int, ...] = (8, 2, 2)) -> np.ndarray:
     """Random fp16 moments (count, 2C, h, w) with log variances around -2."""
     values = np.random.default_rng(seed).normal(size=(count, *shape))

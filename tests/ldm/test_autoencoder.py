@@ -11,7 +11,7 @@ from ldm import shards
 from ldm.autoencoder import Autoencoder, hash_tensors, load_autoencoder
 from ldm.config import RequestError
 from ldm.images import decode
-from tests.pictures import kl_model, tiny_model
+from tests.pictures import dc_model, kl_model, tiny_model
 
 
 def pixels(count=3, height=16, width=24):
@@ -36,6 +36,19 @@ def test_tiny_gives_latents(tmp_path):
     assert latents.shape == (3, 4, 4, 6)
     decoded = tiny.decode(latents)
     assert decoded.shape == (3, 3, 16, 24) and decoded.dtype == torch.uint8
+
+
+def test_a_deep_compression_autoencoder_gives_latents(tmp_path):
+    model = dc_model()
+    model.save_pretrained(tmp_path)
+    autoencoder = load_autoencoder(str(tmp_path))
+    pixels = torch.randint(0, 256, (2, 3, 32, 16), dtype=torch.uint8)
+    latents = autoencoder.encode(pixels)
+    assert (autoencoder.factor, latents.shape, autoencoder.deterministic) == (4, (2, 4, 8, 4), True)
+    with torch.no_grad():
+        direct = model.eval().encode(pixels.float() / 127.5 - 1).latent
+    torch.testing.assert_close(latents, direct, atol=1e-5, rtol=1e-5)
+    assert autoencoder.decode(latents).shape == pixels.shape
 
 
 def test_decode_gives_pixels(kl):

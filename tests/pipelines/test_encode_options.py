@@ -57,6 +57,16 @@ def test_the_bytes_do_not_depend_on_the_number_of_threads(varied, vae, tmp_path)
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
 
 
+@pytest.mark.slow
+def test_a_compiled_encoder_gives_nearly_the_same(varied, vae, tmp_path):
+    """From several threads at once, too."""
+    for place, compiled in (("eager", False), ("compiled", True)):
+        encode_here(config(str(varied), tmp_path / place, vae, compile=compiled), "s", threads=2)
+    eager, compiled = (records_of(tmp_path / place, "s") for place in ("eager", "compiled"))
+    assert eager.keys() == compiled.keys()
+    assert max(np.abs(eager[key].astype(float) - compiled[key]).max() for key in eager) <= 2**-9
+
+
 def test_another_batch_size_changes_the_last_bits_at_most(varied, vae, tmp_path):
     """It is part of the record, not of the fingerprint: a run may go on with another."""
     receipts = [
