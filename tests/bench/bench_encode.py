@@ -1,7 +1,7 @@
 """Encode against its ceiling, against the common way, and against itself: `python tests/bench/bench_encode.py PART …`.
 
-PARTS: ceiling-64, ceiling-128, common, actors, memory, rerun, plan, faults; all but `faults` by default. Sides take
-turns in one run, and the median of their ratios is printed as JSON with all rounds. Real photos and taesd from
+PARTS: ceiling-64, ceiling-128, common, actors, memory, rerun, plan; and by name alone kill-drivers,
+kill-actors. Sides take turns in one run, and the median of their ratios is printed as JSON with all rounds. Real photos and taesd from
 $LDM_SHARED, else ../shared.
 
 Steady state means: from when the first actor is ready, for the start of Ray is paid once however large the data set.
@@ -237,7 +237,7 @@ def planning() -> dict[str, Any]:
     return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
-def faults(rounds: int = 50) -> dict[str, Any]:
+def kills(kind: str, rounds: int = 50) -> dict[str, Any]:
     """SIGKILL to the driver, or to an actor, at random moments, then run again: are the bytes those of a quiet run?"""
     from tests.pictures import image_shard, kl_model, samples
     from tests.pipelines import test_encode_faults as test
@@ -247,12 +247,10 @@ def faults(rounds: int = 50) -> dict[str, Any]:
             image_shard(f"{folder}/in/s-{number}.tar", samples(40, start=40 * number))
         kl_model().save_pretrained(f"{folder}/vae")
         images, vae = Path(folder, "in"), f"{folder}/vae"
-        subprocess.run(test.command(images, Path(folder, "whole"), vae), env=test.environment(), check=True)
-        whole = test.contents(f"{folder}/whole")
-        return {
-            "driver": kill_drivers(images, vae, whole, rounds),
-            "actor": kill_actors(images, vae, whole, rounds),
-        }
+        whole = Path(folder, "whole")
+        subprocess.run(test.command(images, whole, vae), env=test.environment(), check=True, capture_output=True)
+        kill = {"driver": kill_drivers, "actor": kill_actors}[kind]
+        return kill(images, vae, test.contents(whole), rounds)
 
 
 def kill_drivers(images: Path, vae: str, whole: dict[str, bytes], rounds: int) -> dict[str, int]:
@@ -309,7 +307,9 @@ PARTS = {
     "plan": planning,
 }
 
+KILLS = {"kill-drivers": lambda: kills("driver"), "kill-actors": lambda: kills("actor")}
+
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     for part in sys.argv[1:] or PARTS:
-        print(json.dumps({part: {**PARTS, "faults": faults}[part]()}), flush=True)
+        print(json.dumps({part: {**PARTS, **KILLS}[part]()}), flush=True)
