@@ -1,8 +1,8 @@
 """Encode against its ceiling, against the common way, and against itself: `python tests/bench/bench_encode.py PART …`.
 
-PARTS: ceiling-64, ceiling-128, common, actors, memory, rerun, plan; and by name alone kill-drivers,
-kill-actors. Sides take turns in one run, and the median of their ratios is printed as JSON with all rounds. Real photos and taesd from
-$LDM_SHARED, else ../shared.
+PARTS: ceiling-64, ceiling-128, common, actors, memory, rerun, plan, which are the default; kill-drivers, kill-actors.
+Sides take turns in one run, and the median of their ratios is printed as JSON with all rounds. Real photos and taesd
+from $LDM_SHARED, else ../shared.
 
 Steady state means: from when the first actor is ready, for the start of Ray is paid once however large the data set.
 """
