@@ -129,6 +129,7 @@ def test_a_picture_that_takes_too_long_costs_itself_alone(slow):
                 assert same(future.result(), views(GOOD, RULES))
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
 def test_a_picture_over_which_two_processes_die_costs_itself_alone(slow, number):
     """One death may be the node's doing, and costs nothing."""

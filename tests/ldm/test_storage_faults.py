@@ -103,6 +103,7 @@ def questions(place, folder):
     }
 
 
+@pytest.mark.faults
 def test_every_answer_is_right_with_a_fault_in_ten_requests(chaos, place, tmp_path):
     asked = questions(place, tmp_path)
     faults = 0
@@ -114,6 +115,7 @@ def test_every_answer_is_right_with_a_fault_in_ten_requests(chaos, place, tmp_pa
     assert faults > 25
 
 
+@pytest.mark.faults
 def test_every_answer_is_right_or_an_error_with_a_fault_in_two_requests(chaos, place, tmp_path, monkeypatch):
     asked = questions(place, tmp_path)
     monkeypatch.setattr("ldm.storage.transport.TRIES", 2)
