@@ -143,21 +143,25 @@ if __name__ == "__main__":
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     ray.init(address=cluster.address, logging_level="ERROR", log_to_driver=False)
 
-    def wait_for(actors):
+    def actors_at_work():
         # An attempt's name holds the number of its process.
-        places = pathlib.Path(destination)
-        while len({path.parent.name.rsplit("-", 3)[1] for path in places.glob(".attempt-*/*.tar")}) < actors:
+        attempts = pathlib.Path(destination).glob(".attempt-*/*.tar")
+        return len({path.parent.name.rsplit("-", 3)[1] for path in attempts})
+
+    def wait_for(actors):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and actors_at_work() < actors:
             time.sleep(0.005)
 
-    def add_and_kill():
-        wait_for(1)
-        node = cluster.add_node(num_cpus=1)
-        wait_for(2)
-        cluster.remove_node(node, allow_graceful=False)
-        print("added and killed", flush=True)
-
-    threading.Thread(target=add_and_kill, daemon=True).start()
-    print(encode(config(images, destination, vae, image_size=256)))
+    settings = config(images, destination, vae, image_size=192)
+    work = threading.Thread(target=lambda: print(encode(settings)), daemon=True)
+    work.start()
+    wait_for(1)
+    node = cluster.add_node(num_cpus=1)
+    wait_for(2)
+    cluster.remove_node(node, allow_graceful=False)
+    print("added and killed", flush=True)
+    work.join()
     ray.shutdown()
     cluster.shutdown()
 """
@@ -165,14 +169,14 @@ if __name__ == "__main__":
 
 def test_a_node_that_comes_and_dies(ray_session: None, images: Path, vae: str, tmp_path: Path) -> None:
     """It gets an actor; then its raylet is killed with SIGKILL, and what it was at goes to the node that is left."""
-    encode(config(str(images), tmp_path / "whole", vae, image_size=256))  # large, so that there is time for all this
+    encode(config(str(images), tmp_path / "whole", vae, image_size=192))  # large, so that there is time for all this
     script, destination = tmp_path / "nodes.py", tmp_path / "latents"
     script.write_text(NODES)
     arguments = [sys.executable, str(script), str(images), str(destination), vae]
     done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=250)
     assert done.returncode == 0 and "added and killed" in done.stdout, done.stderr[-3000:]
     assert "failed, try 2 follows" in done.stderr
-    encode(config(str(images), destination, vae, image_size=256))  # which clears away what the dead node left
+    encode(config(str(images), destination, vae, image_size=192))  # which clears away what the dead node left
     assert contents(destination) == contents(tmp_path / "whole")
 
 
