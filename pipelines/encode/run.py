@@ -17,7 +17,7 @@ from ldm.latents.manifest import (
     read_receipts,
 )
 from ldm.latents.preview import preview
-from ldm.latents.receipt import Accounting, account, names_in
+from ldm.latents.receipt import Accounting, account, names_in, receipt_name
 from ldm.latents.writer import quarantine_url
 from pipelines import cluster, lineage
 from pipelines.encode.config import EncodeConfig
@@ -94,7 +94,7 @@ class _Work:
         self.config, self.todo, self.tracker = config, todo, tracker
         self.receipts = dict(todo.receipts)
         self.new = Accounting()
-        self.set_aside: dict[str, str] = {}
+        self.set_aside: dict[str, SetAside] = {}  # by the name of the receipt that they did not get
         self.seconds: Counter[str] = Counter()
         self.rate = 0.0
 
@@ -104,7 +104,7 @@ class _Work:
         with Progress("encode", len(self.todo.tasks), "shards") as progress:
             for end in pool:
                 if isinstance(end, SetAside):
-                    self.set_aside[end.task.shard.name] = end.reason
+                    self.set_aside[receipt_name(end.task.shard.name, end.task.attempt)] = end
                     say(f"encode: {end.task.shard.name} is set aside: {end.reason}")
                 elif end is not None:
                     self._take(end)
@@ -151,8 +151,9 @@ class _Work:
         destination, generation = self.config.destination, ""
         while True:
             self.receipts = read_receipts(destination)
-            done = {receipt.source for receipt in self.receipts.values()}
-            self.set_aside = {name: why for name, why in self.set_aside.items() if name not in done}
+            self.set_aside = {name: end for name, end in self.set_aside.items() if name not in self.receipts}
+            # A shard of which a second try failed is in the data set, by its first.
+            missing = {name: end.reason for name, end in self.set_aside.items() if end.task.attempt == 0}
             if any(receipt.outputs for receipt in self.receipts.values()):
                 generation = commit_generation(
                     destination,
@@ -161,7 +162,7 @@ class _Work:
                     self.todo.autoencoder.latent_channels,
                     self.todo.autoencoder.factor,
                     self.todo.class_names,
-                    self.set_aside,
+                    missing,
                 )
             if names_in(destination) <= self.receipts.keys():
                 return generation
@@ -196,9 +197,9 @@ def _sweep(destination: str) -> None:
         storage.sweep(storage.join(destination, folder) if folder else destination)
 
 
-def _raise_for(set_aside: dict[str, str], todo: EncodePlan) -> None:
+def _raise_for(set_aside: dict[str, SetAside], todo: EncodePlan) -> None:
     if set_aside:
-        details = "; ".join(f"{todo.shards[name].url}: {why}" for name, why in sorted(set_aside.items()))
+        details = "; ".join(f"{end.task.shard.url}: {end.reason}" for _, end in sorted(set_aside.items()))
         raise RuntimeError(
             f"{len(set_aside)} of {len(todo.shards)} shards failed, the others are committed; "
             f"the same command tries again: {details}"

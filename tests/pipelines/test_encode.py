@@ -176,6 +176,22 @@ def test_what_another_run_commits_meanwhile_is_not_forgotten(ray_session, source
 
 
 @pytest.mark.ray
+def test_a_second_try_that_fails_is_no_success(ray_session, source, vae, tmp_path):
+    """The shard itself is committed, by its first try; the failure of the second must be said all the same."""
+    (tmp_path / "images").mkdir()
+    content = list(ShardReader(f"{source}/train-00001.tar"))
+    image_shard(tmp_path / "images" / "s.tar", content)
+    settings = config(str(tmp_path / "images"), tmp_path / "latents", vae, max_quarantined=1)
+    first = encode(settings)
+    assert first.quarantined > 0
+    image_shard(tmp_path / "images" / "s.tar", content[::-1])  # of the same size
+    with pytest.raises(RuntimeError, match=r"^1 of 1 shards failed, .*s\.tar: .*is another file than the one"):
+        encode(settings.model_copy(update={"retry": "quarantined"}))
+    manifest = read_manifest(first.destination)
+    assert manifest.generation == first.generation and manifest.set_aside == {}
+
+
+@pytest.mark.ray
 def test_what_mlflow_shows_of_an_encode(ray_session, source, vae, tmp_path):
     """Its parameters, throughput, where the time went, the price, and decoded records beside their sources."""
     from mlflow import MlflowClient
