@@ -24,7 +24,7 @@ from ldm import images, storage
 from ldm.config import Config, RequestError, load_yaml, parse
 from ldm.digits import write_digit_shards
 from ldm.first_stage import FirstStageConfig, train_autoencoder
-from ldm.latents.dataset import is_held_out
+from ldm.latents.choice import is_held_out
 from ldm.latents.writer import sample_id
 from ldm.shards import ShardReader
 from pipelines import cluster

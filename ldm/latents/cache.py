@@ -3,6 +3,8 @@
 import hashlib
 import os
 import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ldm import storage
@@ -40,3 +42,24 @@ def local_copy(url: str, sha256: str) -> Path:
 def hash_file(path: Path) -> str:
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    url: str
+    sha256: str
+    bytes: int
+
+
+class Cache:
+    def __init__(self, max_bytes: int | None = None, folder: Path | None = None) -> None:
+        pass
+
+    def get(self, file: RemoteFile) -> Path:
+        return local_copy(file.url, file.sha256)
+
+    def prefetch(self, files: Sequence[RemoteFile]) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

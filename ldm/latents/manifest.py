@@ -6,7 +6,12 @@ Written last, it is the commit. Generations are immutable and named by their has
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 
 from ldm import storage
 from ldm.autoencoder import Autoencoder
@@ -29,7 +34,10 @@ VERSION = 2
 Store = Literal["moments", "mean"]
 TABLES = ("receipts", "shards")
 """The Parquet tables of a generation."""
-_READ_COLUMNS = ["name", "count", "shape", "bytes", "sha256", "index_sha256", "columns", "columns_sha256"]
+_READ_COLUMNS = [
+    *("name", "count", "shape", "bytes", "sha256", "index_bytes", "index_sha256"),
+    *("columns", "columns_bytes", "columns_sha256"),
+]
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,29 @@ class Manifest:
     num_samples: int  # records: a picture has several where sizes or flipped copies were asked for
     accounting: Accounting
     set_aside: dict[str, str]  # input shards that are not in it, with the reason
-    shards: tuple[dict[str, Any], ...]  # rows of the shard table, with the columns of _READ_COLUMNS
+    table: pa.Table  # of the shards, with the columns of _READ_COLUMNS: a hundred thousand rows cost little so
+
+    @cached_property
+    def shards(self) -> tuple[dict[str, Any], ...]:
+        """The rows of the shard table."""
+        return tuple(self.table.to_pylist())
+
+    def shard(self, number: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.table.slice(number, 1).to_pylist()[0]
+        return row
+
+    @cached_property
+    def counts(self) -> npt.NDArray[np.int64]:
+        """Records of each shard, int64 (S,)."""
+        return self.table["count"].to_numpy().astype(np.int64)
+
+    @cached_property
+    def shapes(self) -> dict[tuple[int, ...], npt.NDArray[np.int64]]:
+        """The numbers of the shards of each shape of record, in the order of the shapes."""
+        values = self.table["shape"].combine_chunks()
+        flat = values.flatten().to_numpy().reshape(len(values), -1)
+        unique, which = np.unique(flat, axis=0, return_inverse=True)
+        return {tuple(map(int, shape)): np.flatnonzero(which.ravel() == n) for n, shape in enumerate(unique)}
 
 
 def make_fingerprint(
@@ -179,7 +209,7 @@ def read_manifest(url: str, generation: str | None = None, key: str = "latents")
         num_samples=values["num_samples"],
         accounting=Accounting(**values["accounting"]),
         set_aside=values["set_aside"],
-        shards=tuple(table.to_pylist()),
+        table=table,
     )
 
 

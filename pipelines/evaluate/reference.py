@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldm import images, shards
 from ldm.config import RequestError
-from ldm.latents.dataset import is_held_out
+from ldm.latents.choice import is_held_out
 from ldm.latents.writer import sample_id
 from ldm.snapshot import Snapshot
 from pipelines.progress import Progress, say

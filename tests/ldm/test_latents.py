@@ -12,7 +12,7 @@ import webdataset
 
 from ldm import storage
 from ldm.config import RequestError
-from ldm.latents import dataset as dataset_module
+from ldm.latents import records as records_module
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import Conditioning, commit_generation, fingerprint_hash, read_manifest, read_receipts
 from ldm.latents.receipt import Accounting, Moments, Statistics, statistics
@@ -199,10 +199,16 @@ def test_a_process_may_end_right_after_reading(written):
 def test_fewer_maps_than_shards(written, monkeypatch):
     url, _ = written
     expected = [LatentDataset(url, global_batch_size=9).batch(step).moments for step in range(6)]
-    monkeypatch.setattr(dataset_module, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(records_module, "_MOST_MAPS", 2)
+    opened = []
+    monkeypatch.setattr(
+        records_module.Records,
+        "_map",
+        lambda self, file, real=records_module.Records._map: opened.append(1) or real(self, file),
+    )
     data = LatentDataset(url, global_batch_size=9)
     assert all(torch.equal(data.batch(step).moments, expected[step]) for step in range(6))
-    assert len(data._shards) == 2
+    assert len(opened) > len(COUNTS)
 
 
 def test_samples_without_labels(kl, tmp_path):

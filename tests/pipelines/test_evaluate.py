@@ -18,7 +18,7 @@ from ldm import images, shards
 from ldm.classifier import Classifier, train_classifier
 from ldm.config import RequestError
 from ldm.digits import write_digit_shards
-from ldm.latents.dataset import is_held_out
+from ldm.latents.choice import is_held_out
 from ldm.latents.manifest import Conditioning
 from ldm.latents.writer import sample_id
 from ldm.snapshot import read_snapshot
