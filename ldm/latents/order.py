@@ -20,11 +20,13 @@ from ldm.random import key
 
 LANES = 64
 """Largest number of lanes; as many nodes read without reading anything twice."""
-LIVE_SHARDS = 1024
+LIVE_SHARDS = 2048
 """Shards that the windows of all lanes shuffle over at a time: the more, the nearer to a full permutation, and the more
 must lie in the nodes' caches."""
 
 _EPOCHS_KEPT = 3
+_GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+"""Its multiples, modulo 1, lie evenly however many there are."""
 Integers = npt.NDArray[np.int64]
 Unsigned = npt.NDArray[np.uint64]
 
@@ -180,15 +182,15 @@ class _Epoch:
         """The numbers of the pieces, by lane, then in the order in which they are read."""
         count = np.bincount(lane, minlength=self.order.lanes)
         within = np.arange(len(lane)) - (np.cumsum(count) - count)[lane]
-        # As many equal parts as a window has pieces: one piece of each part in turn, the parts always in one order, so
-        # that any window holds one of each.
+        # As many equal parts as a window has pieces, and one piece of each in turn, the parts always in one order: any
+        # window holds one of each. Of one part, the lanes read at any time pieces that lie evenly in it.
         parts = max(1, LIVE_SHARDS // self.order.lanes)
         part = within * np.minimum(parts, count[lane]) // count[lane]
         group = lane * parts + part
+        size = np.bincount(group)[group]
+        place = np.arange(len(lane)) - np.searchsorted(group, group)
         key = derive(self.order._order, self.number)
-        by_part = np.lexsort((derive(key, np.arange(len(lane))), group))
-        turn = np.empty_like(within)
-        turn[by_part] = np.arange(len(lane)) - np.searchsorted(group, group[by_part])
+        turn = (permute(place, size, derive(key, part)) + (lane * _GOLDEN_RATIO % 1.0 * size).astype(np.int64)) % size
         return np.lexsort((derive(key, -1 - group), turn, lane))
 
     def locate(self, positions: Integers) -> tuple[Integers, Integers]:
@@ -214,8 +216,11 @@ class _Epoch:
         return self.shards[pieces], position + (end - int(index[0])) * self.order.lanes
 
     def _window(self, lanes: Integers, index: Integers) -> tuple[Integers, Integers, Integers]:
-        """(number, begin, end) of the window of each index in its lane. The lanes change theirs one after another."""
-        size = self.order._window
-        late = lanes * size // self.order.lanes if self.order._window * self.order.lanes < self.order.num_samples else 0
-        number = (index + late) // size
-        return number, np.maximum(number * size - late, 0), np.minimum((number + 1) * size - late, self.lengths[lanes])
+        """(number, begin, end) of the window of each index in its lane. The lanes change theirs one after another; the
+        first of a lane takes in what is left before its first full one, the last what is left after its last."""
+        size, lengths = self.order._window, self.lengths[lanes]
+        late = lanes * size // self.order.lanes
+        last = np.maximum(1, (lengths + late) // size - 1)
+        number = np.clip((index + late) // size, 1, last)
+        begin = np.where(number == 1, 0, number * size - late)
+        return number, begin, np.where(number == last, lengths, (number + 1) * size - late)

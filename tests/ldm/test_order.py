@@ -68,7 +68,7 @@ counts_of_shards = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(
 @given(
     counts=counts_of_shards,
     lanes=st.sampled_from([1, 2, 4, 16, 64]),
-    live=st.sampled_from([1, 4, 64, 1024]),
+    live=st.sampled_from([1, 4, 64, 2048]),
     seed=st.integers(0, 10),
     start=st.tuples(st.integers(0, 500), st.integers(0, 5)),
 )
@@ -85,12 +85,12 @@ def test_every_epoch_is_a_permutation(counts, lanes, live, seed, start):
                 shards, indices, epochs = order.locate(np.arange(begin, begin + len(everything)))
                 seen.append(list(zip(shards.tolist(), indices.tolist(), strict=True)))
                 assert sorted(seen[-1]) == everything and set(epochs.tolist()) == {first + epoch}
-            if len(everything) > 20 and live == 1024:
+            if len(everything) > 20 and live == 2048:
                 assert seen[0] != seen[1] != seen[2]
 
 
 @settings(max_examples=60, deadline=None)
-@given(counts=counts_of_shards, lanes=st.sampled_from([1, 4, 64]), live=st.sampled_from([4, 1024]))
+@given(counts=counts_of_shards, lanes=st.sampled_from([1, 4, 64]), live=st.sampled_from([4, 2048]))
 def test_what_is_read_ahead_is_what_is_read(counts, lanes, live):
     counts, total = np.array(counts), int(np.sum(counts))
     with pytest.MonkeyPatch.context() as patch:
