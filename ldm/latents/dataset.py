@@ -184,7 +184,7 @@ class LatentDataset:
         Raises DamagedError where a file is not what was written.
         """
         shape, placed = self.locate(step, rank, world)
-        found = self._records[shape].gather(placed.source, placed.shards, placed.indices, pin)
+        found = self._records[shape].gather(placed.source, placed.shards, placed.indices)
         batch = LatentBatch(found.moments, found.labels, found.ids, torch.from_numpy(placed.epochs), found.captions)
         return batch.pinned() if pin else batch
 
@@ -214,12 +214,13 @@ class LatentDataset:
     def all(self) -> LatentBatch:
         """Every sample once, in the order of the shards. Raises RequestError where there are several shapes."""
         assert self.latent_shape
-        parts = []
+        parts: list[tuple[Integers, Integers, Integers]] = []
         for number, source in self._in_force(0):
             shards = np.repeat(np.arange(len(source.counts)), source.counts)
             indices = np.arange(len(shards)) - np.repeat(np.cumsum(source.counts) - source.counts, source.counts)
             parts.append((np.full_like(shards, number), shards, indices))
-        found = self._records[0].gather(*(np.concatenate([part[column] for part in parts]) for column in (0, 1, 2)))
+        source_of, shards, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
+        found = self._records[0].gather(source_of, shards, indices)
         return LatentBatch(found.moments, found.labels, found.ids, torch.zeros_like(found.ids), found.captions)
 
     def locate(self, step: int, rank: int = 0, world: int = 1) -> tuple[int, Placed]:

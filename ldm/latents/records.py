@@ -86,8 +86,8 @@ class _Open:
     captions: dict[tuple[int, int], Any] = field(default_factory=dict)
     count: int = 0
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
-    window: tuple[Tensor, int] = field(default_factory=lambda: (torch.empty(0), 0))
-    """(a row at every place where a record can begin, the address of the first)"""
+    window: tuple[npt.NDArray[np.void], int] = field(default_factory=lambda: (np.empty(0, np.void), 0))
+    """(a record at every place where one can begin, the address of the first)"""
 
     def append(self, values: dict[str, npt.NDArray[Any]]) -> int:
         """Adds records; returns the place of the first. The old arrays stay whole for those who hold them."""
@@ -119,7 +119,7 @@ class Records:
         self._lock = threading.Lock()
         self._open = self._nothing_open()
 
-    def gather(self, source: Integers, shards: Integers, indices: Integers, pin: bool = False) -> "Gathered":
+    def gather(self, source: Integers, shards: Integers, indices: Integers) -> "Gathered":
         """The records at `indices` among the chosen ones of `shards` of `source`, int64 (n,) each.
 
         Raises DamagedError where a record is not what was written.
@@ -129,16 +129,17 @@ class Records:
         for number in np.unique(source):
             here = np.flatnonzero(source == number)
             places[here] = held.starts[number][shards[here]] + indices[here]
-        out = torch.empty(len(places), self._size, dtype=torch.float16, pin_memory=pin)
         window, base = held.window
-        torch.index_select(window, 0, torch.from_numpy(held.arrays["offsets"][places] - base // _ALIGNMENT), out=out)
+        # One call, and in one thread: a second one gains nothing where the memory is the limit, and would wait for its
+        # turn wherever the cores are at work.
+        out = window[held.arrays["offsets"][places] - base // _ALIGNMENT].view(np.float16).reshape(-1, *self.shape)
         self._check(held, places, out, source, shards)
         captions = None
         if self._with_captions:
             each = zip(source.tolist(), shards.tolist(), indices.tolist(), strict=True)
             captions = tuple(held.captions[number, shard][index].as_py() for number, shard, index in each)
         labels, ids = (torch.from_numpy(held.arrays[name][places]) for name in ("labels", "ids"))
-        return Gathered(out.view(-1, *self.shape), labels, ids, captions)
+        return Gathered(torch.from_numpy(out), labels, ids, captions)
 
     def _opened(self, source: Integers, shards: Integers) -> _Open:
         """Opens those that are not open yet."""
@@ -225,20 +226,20 @@ class Records:
         return not len(offsets) or (offsets.min() >= 0 and offsets.max() + 2 * self._size <= len(mapped))
 
     def _set_window(self, held: _Open) -> None:
-        """One view from the lowest mapping to the highest, a row at every place where a record can begin. What lies
-        between the mappings is never touched."""
+        """One view from the lowest mapping to the highest. What lies between the mappings is never touched."""
         begin = min(mapped.data_ptr() for mapped in held.maps)
-        end = max(mapped.data_ptr() + len(mapped) for mapped in held.maps)
-        everything = torch.frombuffer((ctypes.c_char * (end - begin)).from_address(begin), dtype=torch.float16)
-        step = _ALIGNMENT // 2
-        rows = (len(everything) - self._size) // step + 1
-        held.window = everything.as_strided((rows, self._size), (step, 1)), begin
+        length = max(mapped.data_ptr() + len(mapped) for mapped in held.maps) - begin
+        everything = memoryview((ctypes.c_char * length).from_address(begin))
+        count = (length - 2 * self._size) // _ALIGNMENT + 1
+        held.window = np.ndarray((count,), f"V{2 * self._size}", everything, strides=(_ALIGNMENT,)), begin
 
-    def _check(self, held: _Open, places: Integers, out: Tensor, source: Integers, shards: Integers) -> None:
+    def _check(
+        self, held: _Open, places: Integers, out: npt.NDArray[np.float16], source: Integers, shards: Integers
+    ) -> None:
         """Holds each record against its crc32, once: a check at each read would halve the speed."""
         fresh = np.flatnonzero(~held.arrays["checked"][places])
         for row in fresh:
-            if zlib.crc32(out[row].numpy().tobytes()) != held.arrays["crcs"][places[row]]:
+            if zlib.crc32(memoryview(out[row])) != held.arrays["crcs"][places[row]]:
                 url = self.sources[source[row]].files(int(shards[row]))[-1].url
                 identity = held.arrays["ids"][places[row]]
                 raise DamagedError(f"{url}: the record of id {identity} does not have its crc32; it is damaged")
