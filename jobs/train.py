@@ -8,6 +8,7 @@ from ldm.config import Config
 from pipelines.train import TrainConfig as StageConfig
 from pipelines.train import plan
 from pipelines.train import train as run
+from pipelines.train.run import describe_samples
 
 __all__ = ["StageConfig", "dry_run", "run"]
 
@@ -16,10 +17,10 @@ def dry_run(config: Config) -> str:
     """Checks the request; returns what would be done."""
     assert isinstance(config, StageConfig)
     todo = plan(config)
-    epochs = config.max_steps * config.global_batch_size / todo.num_samples
+    epochs = config.max_steps * config.global_batch_size / todo.dataset.num_samples
     return (
-        f"train {todo.parameters / 1e6:.1f} M parameters on {todo.num_samples:,} samples "
-        f"(generation {todo.generation}) to step {config.max_steps:,} ({epochs:.1f} epochs), "
+        f"train {todo.parameters / 1e6:.1f} M parameters on {describe_samples(todo.dataset)} "
+        f"(generation {'+'.join(todo.generations)}) to step {config.max_steps:,} ({epochs:.1f} epochs), "
         f"{config.num_workers} workers, ZeRO-{config.zero_stage}, {config.precision}, "
         f"from {todo.checkpoint or 'fresh weights'}, writes up to {storage.readable(todo.output_bytes)}"
     )

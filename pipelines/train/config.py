@@ -2,11 +2,12 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, PositiveFloat, field_validator
 
 from ldm.config import Config, Location
 from ldm.denoiser import DenoiserConfig
 from ldm.diffusion import DiffusionConfig
+from ldm.latents.dataset import Shuffle
 from pipelines.tracking import TrackingConfig
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -21,7 +22,20 @@ class EmaConfig(Config):
 class TrainConfig(Config):
     """Trains the latent denoiser with DeepSpeed ZeRO under Ray Train; run again, it goes on."""
 
-    latents: Location = Field(description="latent dataset: what `ldm encode` wrote")
+    latents: Location | tuple[Location, ...] = Field(
+        description="latent dataset: what `ldm encode` wrote; several of one fingerprint are mixed"
+    )
+    weights: tuple[PositiveFloat, ...] | None = Field(
+        None, description="shares of several data sets in each batch; by their sizes unless given"
+    )
+    where: str = Field("", description="condition on the columns, as in `aesthetic > 5 and width >= 512`")
+    exclude: Location | None = Field(
+        None, description="text file of ids that are left out, one a line; a run that goes on may add to it"
+    )
+    shuffle: Shuffle = Field("lanes", description="lanes: by windows of shards; full: all samples, local data only")
+    cache_gb: PositiveFloat | None = Field(
+        None, description="most that a node keeps of remote latents, GB (10^9 bytes); what its disk has unless given"
+    )
     output: Location = Field(description="directory or URL of checkpoints and snapshots")
     max_steps: int = Field(400_000, gt=0, description="optimizer steps in all")
     global_batch_size: int = Field(256, gt=0, description="samples in one optimizer step over all workers")
@@ -52,6 +66,10 @@ class TrainConfig(Config):
     diffusion: DiffusionConfig = DiffusionConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def latents_urls(self) -> list[str]:
+        return [self.latents] if isinstance(self.latents, str) else list(self.latents)
+
     @field_validator("zero_stage", mode="before")
     @classmethod
     def _stage(cls, value: Any) -> Any:
@@ -63,6 +81,8 @@ class TrainConfig(Config):
 OPERATIONAL = frozenset(
     [
         "latents",
+        "exclude",
+        "cache_gb",
         "output",
         "max_steps",
         "micro_batch_size",
@@ -78,7 +98,7 @@ OPERATIONAL = frozenset(
     ]
 )
 """Keys that may change when a run goes on: they do not change what is learned. (`latents` may move: its generation,
-which names its content, may not change.)"""
+which names its content, may not change. `exclude` may grow, and the run keeps what was left out from which step on.)"""
 
 
 def trajectory(config: TrainConfig) -> dict[str, Any]:

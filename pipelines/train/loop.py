@@ -4,9 +4,10 @@ Nothing random depends on rank, world or micro-batch: order, posterior, noise, t
 are functions of (seed, epoch, sample id).
 """
 
+import contextlib
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from ldm import random, storage
 from ldm.config import validate
 from ldm.denoiser import build_denoiser
 from ldm.diffusion import Diffusion
+from ldm.latents.cache import Cache
 from ldm.latents.dataset import LatentBatch, LatentDataset, draw_latents
 from ldm.snapshot import read_snapshot, write_snapshot
 from pipelines import cluster
@@ -48,10 +50,28 @@ def train_worker(job: dict[str, Any]) -> None:
     run_id = job["run_id"]
     tracking = config.tracking if board is not None else config.tracking.model_copy(update={"enabled": False})
     with Tracker(tracking, "train", run_id=run_id, ends_run=False) as tracker:
-        result = Worker(config, job["generation"], tracker, board).run()
+        result = Worker(config, job["generations"], job["exclusions"], tracker, board).run()
     first_step = result.pop("first_step")
     if board is not None:
         ray.get(board.write.remote({"start": first_step, "step": result["step"], "note": "", "result": result}))
+
+
+def open_latents(
+    config: TrainConfig, generations: Sequence[str] | None, exclusions: Mapping[int, str | Collection[int]]
+) -> LatentDataset:
+    """The samples that a run trains on. exclusions: ids, or URLs of lists, by the step from which they are left out."""
+    return LatentDataset(
+        config.latents_urls,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        weights=config.weights,
+        where=config.where,
+        exclude=exclusions,
+        holdout=config.holdout,
+        shuffle=config.shuffle,
+        generation=generations,
+        cache=Cache(None if config.cache_gb is None else int(config.cache_gb * 1e9)),
+    )
 
 
 @dataclass
@@ -68,18 +88,14 @@ class _Window:
 class Worker:
     """One rank of a training run."""
 
-    def __init__(self, config: TrainConfig, generation: str, tracker: Tracker, board: Any) -> None:
+    def __init__(
+        self, config: TrainConfig, generations: list[str], exclusions: dict[int, str], tracker: Tracker, board: Any
+    ) -> None:
         self.config, self.tracker, self.board = config, tracker, board
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.share = config.global_batch_size // self.world
         self.micro_batch = self.share if config.micro_batch_size == "auto" else int(config.micro_batch_size)
-        self.dataset = LatentDataset(
-            config.latents,
-            global_batch_size=config.global_batch_size,
-            seed=config.seed,
-            holdout=config.holdout,
-            generation=generation,
-        )
+        self.dataset = open_latents(config, generations, exclusions)
         self.engine = self._build_engine()
         self.device = self.engine.device
         self.diffusion = Diffusion(config.diffusion, self.device)
@@ -104,13 +120,13 @@ class Worker:
         started = time.monotonic()
         self._window = self._new_window()
         self._show()
-        with ThreadPoolExecutor(1) as reader:  # reads one step ahead
-            upcoming = reader.submit(self._read, self.step)
+        on_gpu = self.device.type == "cuda"
+        batches = self.dataset.batches(self.step, rank=self.rank, world=self.world, workers=1, pin=on_gpu)
+        with contextlib.closing(batches):
             while self.step < self.config.max_steps:
                 asked = time.monotonic()
-                batch = upcoming.result()
+                batch = next(batches)
                 self._window.waited += time.monotonic() - asked
-                upcoming = reader.submit(self._read, self.step + 1)
                 self._train_step(batch)
                 self.step += 1
                 last = self.step == self.config.max_steps
@@ -152,17 +168,12 @@ class Worker:
         )
         return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
 
-    def _read(self, step: int) -> LatentBatch:
-        return self.dataset.batch(step, self.rank, self.world)
-
     def _train_step(self, batch: LatentBatch) -> None:
         """One optimizer step: the rank's share in micro-batches."""
         learning_rate = self._learning_rate()
         outcome, loss_sum = None, torch.zeros((), device=self.device)
         for first in range(0, self.share, self.micro_batch):
-            part = slice(first, first + self.micro_batch)
-            micro = LatentBatch(batch.moments[part], batch.labels[part], batch.ids[part], batch.epochs[part])
-            loss = self._loss(micro)
+            loss = self._loss(batch[first : first + self.micro_batch])
             self.engine.backward(loss)
             outcome = self.engine.step(learning_rate)
             loss_sum += loss.detach() * (self.micro_batch / self.share)
@@ -234,13 +245,13 @@ class Worker:
             read_full(self.checkpoint, f"ema.{EMA_PROFILE}") | read_full(self.checkpoint, "buffer"),
             denoiser_config=self.config.denoiser,
             diffusion_config=self.config.diffusion,
-            statistics=manifest.statistics,
+            statistics=self.dataset.statistics,
             conditioning=manifest.conditioning,
             latent_shape=self.dataset.latent_shape,
             fingerprint=manifest.fingerprint,
             step=self.step,
             images_seen=self.images_seen,
-            autoencoder_url=storage.join(self.config.latents, "autoencoder"),
+            autoencoder_url=storage.join(manifest.url, "autoencoder"),
         )
 
     def _show(self) -> None:

@@ -12,7 +12,7 @@ from ldm import storage
 from ldm.config import RequestError, differences
 from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
-from ldm.latents.manifest import Manifest, fingerprint_hash
+from ldm.latents.manifest import fingerprint_hash
 from ldm.snapshot import read_snapshot
 from pipelines import cluster, lineage
 from pipelines.progress import Progress, say
@@ -20,10 +20,15 @@ from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import newest_checkpoint
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig, trajectory
-from pipelines.train.loop import snapshot_url, train_worker
+from pipelines.train.loop import open_latents, snapshot_url, train_worker
+from pipelines.train.record import (
+    RunRecord,
+    exclusions_asked,
+    read_record,
+    write_exclusions,
+    write_record,
+)
 from pipelines.train.space import check_space
-
-RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -41,36 +46,32 @@ class TrainReport:
 
 @dataclass(frozen=True)
 class TrainPlan:
-    """What a run will do. manifest: of the latent dataset; its generation is fixed for the whole run."""
+    """What a run will do. dataset: its generations are fixed for the whole run."""
 
-    manifest: Manifest
-    num_samples: int
+    dataset: LatentDataset
+    exclusions: dict[int, frozenset[int]]  # by the step from which each is left out
     parameters: int
     output_bytes: int  # that the rest of the run adds at most
     checkpoint: str | None
-    record: dict[str, Any] | None  # of the run that goes on
+    record: RunRecord | None  # of the run that goes on
 
     @property
-    def generation(self) -> str:
-        return self.manifest.generation
+    def generations(self) -> tuple[str, ...]:
+        return tuple(manifest.generation for manifest in self.dataset.manifests)
 
     @property
     def fingerprint(self) -> str:
-        return fingerprint_hash(self.manifest.fingerprint)
+        return fingerprint_hash(self.dataset.manifest.fingerprint)
 
 
 def plan(config: TrainConfig) -> TrainPlan:
     """Checks the whole request without starting a worker. Raises RequestError."""
     storage.check_writable("output", config.output)
     checkpoint = newest_checkpoint(config.output)
-    record = _read_record(config, checkpoint)
-    generation = record["generation"] if record else None
-    dataset = LatentDataset(
-        config.latents,
-        global_batch_size=config.global_batch_size,
-        holdout=config.holdout,
-        generation=generation,
-    )
+    record = read_record(config, checkpoint)
+    step = read_marker(checkpoint)["progress"]["step"] if checkpoint and record else 0
+    exclusions = exclusions_asked(config, record, step)
+    dataset = open_latents(config, record.generations if record else None, exclusions)
     _check_batch(config)
     with torch.device("meta"):
         denoiser = build_denoiser(
@@ -87,7 +88,7 @@ def plan(config: TrainConfig) -> TrainPlan:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
     output_bytes = check_space(config, parameters)
-    return TrainPlan(dataset.manifest, dataset.num_samples, parameters, output_bytes, checkpoint, record)
+    return TrainPlan(dataset, exclusions, parameters, output_bytes, checkpoint, record)
 
 
 def train(config: TrainConfig) -> TrainReport:
@@ -100,7 +101,7 @@ def train(config: TrainConfig) -> TrainReport:
     todo = plan(config)
     config = config.model_copy(
         update={
-            "latents": storage.absolute(config.latents),
+            "latents": tuple(storage.absolute(url) for url in config.latents_urls),
             "output": storage.absolute(config.output),
             "tracking": config.tracking.resolved(),
         }
@@ -108,20 +109,44 @@ def train(config: TrainConfig) -> TrainReport:
     if (finished := _finished(config, todo)) is not None:
         say(f"train: step {finished.step:,} is reached already")
         return finished
-    run_id = todo.record["run_id"] if todo.record else None
+    run_id = todo.record.run_id if todo.record else None
     with (
         Tracker(config.tracking, f"train/{storage.name(config.output)}", config, run_id) as tracker,
         cluster.ray_session(),
     ):
-        if todo.record is None or tracker.run_id != run_id:
-            _write_record(config, todo, tracker.run_id)
-            tracker.tag({"generation": todo.generation, "fingerprint": todo.fingerprint, **cluster.describe()})
-        tracker.dataset(lineage.latent_dataset(todo.manifest), "training")
+        record = _keep_record(config, todo, tracker.run_id)
+        generation = "+".join(record.generations)
+        if tracker.run_id != run_id:
+            tracker.tag({"generation": generation, "fingerprint": record.fingerprint, **cluster.describe()})
+        tracker.tag({"samples": record.chosen["samples"], "chosen": record.chosen["hash"]})
+        for manifest in todo.dataset.manifests:
+            tracker.dataset(lineage.latent_dataset(manifest), "training")
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
-        say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {todo.num_samples:,} samples")
-        result = _run_workers(config, todo, tracker.run_id)
+        say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {describe_samples(todo.dataset)}")
+        result = _run_workers(config, record, tracker.run_id)
         tracker.model(read_snapshot(result["snapshot"]))
     return TrainReport(**result, run_id=tracker.run_id)
+
+
+def describe_samples(dataset: LatentDataset) -> str:
+    """As in `1,000 samples (left out: 3 by exclude)`."""
+    left_out = ", ".join(f"{count:,} by {reason}" for reason, count in dataset.chosen["left_out"].items())
+    return f"{dataset.num_samples:,} samples" + (f" (left out: {left_out})" if left_out else "")
+
+
+def _keep_record(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> RunRecord:
+    """Writes down what the run began with and what is excluded from now on."""
+    record = RunRecord(
+        trajectory=trajectory(config),
+        generations=todo.generations,
+        fingerprint=todo.fingerprint,
+        run_id=run_id,
+        chosen=todo.dataset.chosen,
+        exclusions=write_exclusions(config.output, todo.exclusions),
+    )
+    if record != todo.record:
+        write_record(config.output, record)
+    return record
 
 
 def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
@@ -136,7 +161,7 @@ def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
         snapshot=snapshot,
         checkpoint=storage.absolute(todo.checkpoint),
         images_per_second=0.0,
-        run_id=todo.record["run_id"],
+        run_id=todo.record.run_id,
         **progress,
     )
 
@@ -170,39 +195,7 @@ def _check_init_from(config: TrainConfig, dataset: LatentDataset) -> None:
         raise RequestError(f"init_from={config.init_from}: does not fit this run ({'; '.join(lines)})")
 
 
-def _read_record(config: TrainConfig, checkpoint: str | None) -> dict[str, Any] | None:
-    """What the run in `output` began with; None where it never came to a checkpoint, and so binds nobody.
-
-    Raises RequestError where this request would change what it learns.
-    """
-    url = storage.join(config.output, RUN_FILE)
-    if checkpoint is None or not storage.exists(url):
-        return None
-    record: dict[str, Any] = storage.read_json(url)
-    changed = differences(record["trajectory"], trajectory(config))
-    if changed and config.resume != "never":
-        raise RequestError(
-            f"output={config.output}: holds a run with other settings ({'; '.join(changed)}); "
-            "give another output, or the settings that it began with"
-        )
-    return record
-
-
-def _write_record(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> None:
-    storage.write_json(
-        storage.join(config.output, RUN_FILE),
-        {
-            "format": "ldm-run",
-            "version": 1,
-            "trajectory": trajectory(config),
-            "generation": todo.generation,
-            "fingerprint": todo.fingerprint,
-            "run_id": run_id,
-        },
-    )
-
-
-def _run_workers(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> dict[str, Any]:
+def _run_workers(config: TrainConfig, record: RunRecord, run_id: str | None) -> dict[str, Any]:
     """Runs Ray Train in a task of its own, and shows what rank 0 reports meanwhile.
 
     In this process its Ctrl-C handler would end it with 0, and in a thread it would outlive the Ray session.
@@ -215,7 +208,8 @@ def _run_workers(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> di
     board = ray.remote(Board).options(num_cpus=0).remote()
     job = {
         "config": config.model_dump(mode="json"),
-        "generation": todo.generation,
+        "generations": record.generations,
+        "exclusions": {at: storage.absolute(storage.join(config.output, url)) for at, url in record.exclusions.items()},
         "run_id": run_id,
         "device": device,
         "threads": threads,

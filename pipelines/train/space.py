@@ -29,7 +29,7 @@ def _needed(config: TrainConfig, parameters: int, committed: list[int]) -> int:
 
 def _autoencoder_bytes(config: TrainConfig) -> int:
     """What a snapshot's copy of the autoencoder takes: nothing on the disk of the latents, where it is a hard link."""
-    folder = storage.join(config.latents, "autoencoder")
+    folder = storage.join(config.latents_urls[0], "autoencoder")
     if storage.same_disk(folder, config.output):
         return 0
     return sum(storage.size(storage.join(folder, file)) for file in FILES)

@@ -157,7 +157,7 @@ def test_the_same_command_goes_on_with_the_same_bits_and_logs_no_point_twice(
     run = client.get_run(report.run_id)
     assert run.data.params["denoiser.hidden_size"] == "16"
     (data,) = run.inputs.dataset_inputs
-    assert (data.dataset.digest, data.tags[0].value) == (plan(again).generation, "training")
+    assert (data.dataset.digest, data.tags[0].value) == (plan(again).generations[0], "training")
     models = {output.step: client.get_logged_model(output.model_id) for output in run.outputs.model_outputs}
     assert sorted(models) == [64, 80]  # the last snapshot of each of the two times, at its images seen
     assert models[80].params["snapshot"] == report.snapshot
@@ -269,13 +269,13 @@ def test_a_run_that_goes_on_needs_room_for_what_is_missing_only(
 
 @pytest.mark.ray
 def test_a_run_keeps_the_generation_that_it_began_with(latents: str, uninterrupted: Run) -> None:
-    began_with = plan(config(latents, uninterrupted.output)).generation
+    began_with = plan(config(latents, uninterrupted.output)).generations
     pointer = storage.join(latents, "manifest.json")
     before = storage.read_bytes(pointer)
     latent_dataset(latents, Autoencoder(kl_model()), counts=(20, 18, 7, 4))
     try:
-        assert plan(config(latents, uninterrupted.output)).generation == began_with
-        assert plan(config(latents, uninterrupted.output.parent / "new")).generation != began_with
+        assert plan(config(latents, uninterrupted.output)).generations == began_with
+        assert plan(config(latents, uninterrupted.output.parent / "new")).generations != began_with
     finally:
         storage.write_bytes(pointer, before)
 

@@ -1,0 +1,88 @@
+"""What a run began with, and what was excluded from it since: `OUTPUT/run.json` and `OUTPUT/exclude/`."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ldm import storage
+from ldm.config import RequestError, differences
+from ldm.latents.choice import ids_hash, read_ids
+from pipelines.train.config import TrainConfig, trajectory
+
+RUN_FILE = "run.json"
+FORMAT, VERSION = "ldm-run", 2
+"""Version 1 drew other random numbers and had another order of samples."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """The content of `run.json`.
+
+    trajectory: the keys that decide what is learned. generations: of the latent datasets, which name their content.
+    chosen: count and hash of the samples, and what was left out. exclusions: lists of ids by the step from which each
+    is left out, as URLs below the output.
+    """
+
+    trajectory: dict[str, Any]
+    generations: tuple[str, ...]
+    fingerprint: str
+    run_id: str | None
+    chosen: dict[str, Any]
+    exclusions: dict[int, str]
+
+
+def read_record(config: TrainConfig, checkpoint: str | None) -> RunRecord | None:
+    """What the run in `output` began with; None where it never came to a checkpoint, and so binds nobody.
+
+    Raises RequestError where this request would change what it learns.
+    """
+    url = storage.join(config.output, RUN_FILE)
+    if checkpoint is None or not storage.exists(url):
+        return None
+    values: dict[str, Any] = storage.read_json(url)
+    if values.pop("format") != FORMAT or values.pop("version") != VERSION:
+        raise RequestError(
+            f"output={config.output}: holds a run of another version, which had another order of samples and cannot go "
+            "on exactly; give another output, and init_from=SNAPSHOT to begin with its weights"
+        )
+    exclusions = {int(step): name for step, name in values.pop("exclusions").items()}
+    record = RunRecord(**{**values, "generations": tuple(values["generations"])}, exclusions=exclusions)
+    changed = differences(record.trajectory, trajectory(config))
+    if changed and config.resume != "never":
+        raise RequestError(
+            f"output={config.output}: holds a run with other settings ({'; '.join(changed)}); "
+            "give another output, or the settings that it began with"
+        )
+    return record
+
+
+def write_record(output: str, record: RunRecord) -> None:
+    storage.write_json(storage.join(output, RUN_FILE), {"format": FORMAT, "version": VERSION, **asdict(record)})
+
+
+def exclusions_asked(config: TrainConfig, record: RunRecord | None, step: int) -> dict[int, frozenset[int]]:
+    """All that is left out from each step on, when the run goes on at `step`. Lists only grow.
+
+    Raises RequestError where the request lacks what the run leaves out already.
+    """
+    known = (
+        {at: read_ids(storage.join(config.output, name)) for at, name in record.exclusions.items()} if record else {}
+    )
+    before = known[max(known)] if known else frozenset[int]()
+    asked = read_ids(config.exclude) if config.exclude is not None else before
+    if missing := before - asked:
+        raise RequestError(
+            f"exclude={config.exclude}: lacks {len(missing)} of the {len(before)} ids that this run leaves out already, "
+            f"such as {min(missing)}; add to the list, and take nothing from it"
+        )
+    return known if asked == before else {**known, step: asked}
+
+
+def write_exclusions(output: str, exclusions: dict[int, frozenset[int]]) -> dict[int, str]:
+    """Keeps each list in the run, so that it goes on without the files it was asked with. Returns their names."""
+    names = {}
+    for step, ids in exclusions.items():
+        names[step] = f"exclude/{ids_hash(ids)}.txt"
+        place = storage.join(output, names[step])
+        if not storage.exists(place):
+            storage.write_bytes(place, "".join(f"{identity}\n" for identity in sorted(ids)).encode())
+    return names
