@@ -117,7 +117,7 @@ def choose(manifest: Manifest, choice: Choice) -> Chosen:
             left_out = {reason: count + left[reason] for reason, count in left_out.items()}
             known |= names
     if missing := sorted(columns - known):
-        near = difflib.get_close_matches(missing[0], known, n=1)
+        near = difflib.get_close_matches(missing[0], _read_columns(manifest, 0, None).schema.names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`ldm inspect` lists the columns"
         raise RequestError(f"where={choice.where}: {manifest.url} has no column {missing[0]!r}; {hint}")
     return Chosen(np.array(chosen, np.int64), tuple(masks), {k: n for k, n in left_out.items() if n})
@@ -253,8 +253,8 @@ def _fulfilled_without(
     raise problem
 
 
-def _read_columns(manifest: Manifest, row: int, names: Sequence[str]) -> pa.Table:
-    """Those of the columns that the shard has."""
+def _read_columns(manifest: Manifest, row: int, names: Sequence[str] | None) -> pa.Table:
+    """Those of the columns that the shard has; all of them where none is named."""
     shard = manifest.shard(row)
     place = columns_url(manifest.url, shard["columns"])
     try:
@@ -263,4 +263,4 @@ def _read_columns(manifest: Manifest, row: int, names: Sequence[str]) -> pa.Tabl
         raise DamagedError(f"{place}: is missing") from None
     if hashlib.sha256(data).hexdigest() != shard["columns_sha256"]:
         raise DamagedError(f"{place}: does not have the hash that its manifest names; it is damaged")
-    return from_parquet(data, list(names))
+    return from_parquet(data, None if names is None else list(names))

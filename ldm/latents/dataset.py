@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -190,7 +190,7 @@ class LatentDataset:
 
     def batches(
         self, first_step: int = 0, *, rank: int = 0, world: int = 1, workers: int = 2, ahead: int = 4, pin: bool = False
-    ) -> Iterator[LatentBatch]:
+    ) -> Generator[LatentBatch, None, None]:
         """The rank's batches from `first_step` on, endlessly, read in the background.
 
         workers: threads; 0 reads when asked. ahead: batches that wait to be taken, at most.

@@ -64,14 +64,13 @@ def exclusions_asked(config: TrainConfig, record: RunRecord | None, step: int) -
 
     Raises RequestError where the request lacks what the run leaves out already.
     """
-    known = (
-        {at: read_ids(storage.join(config.output, name)) for at, name in record.exclusions.items()} if record else {}
-    )
+    lists = record.exclusions if record else {}
+    known = {at: read_ids(storage.join(config.output, name)) for at, name in lists.items()}
     before = known[max(known)] if known else frozenset[int]()
     asked = read_ids(config.exclude) if config.exclude is not None else before
     if missing := before - asked:
         raise RequestError(
-            f"exclude={config.exclude}: lacks {len(missing)} of the {len(before)} ids that this run leaves out already, "
+            f"exclude={config.exclude}: lacks {len(missing)} of the {len(before)} ids that the run leaves out already, "
             f"such as {min(missing)}; add to the list, and take nothing from it"
         )
     return known if asked == before else {**known, step: asked}

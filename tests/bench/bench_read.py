@@ -4,8 +4,11 @@ PARTS: memory, draw, resume, shuffle, large, s3, nodes; all of them by default. 
 are printed as JSON.
 """
 
+import hashlib
 import json
+import resource
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,6 +22,8 @@ import webdataset
 
 from ldm.latents.dataset import LatentDataset, draw_latents
 from ldm.latents.manifest import commit_generation, fingerprint_hash
+from ldm.latents.order import FullOrder, LaneOrder
+from ldm.latents.receipt import Accounting, Moments, OutputShard, ShardReceipt
 from ldm.latents.writer import ShardWriter
 
 BATCH = 256
@@ -48,7 +53,7 @@ def rates(sides: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[
 
 
 def memory(folder: Path) -> dict[str, Any]:
-    """Batches of 256 as torch tensors in shuffled order, warm, one process, beside plain webdataset on the same tars."""
+    """Batches of 256 as torch tensors in shuffled order, warm, one process, beside webdataset on the same tars."""
     url = str(folder / "latents")
     write_dataset(url, 32, 1000)
     tars = sorted(str(path) for path in Path(url, "latents").glob("*.tar"))
@@ -106,11 +111,128 @@ def draw(folder: Path) -> dict[str, Any]:
     return {"samples/s": statistics.median(found), "rounds": found}
 
 
+def resume_(folder: Path) -> dict[str, Any]:
+    """The first batch of a fresh reader after step 10 and after step 1,000,000, taken in turn; what must be kept."""
+    url = str(folder / "latents")
+    write_dataset(url, 64, 200)
+    found: dict[int, list[float]] = {10: [], 1_000_000: []}
+    for _ in range(15):
+        for step, seconds in found.items():
+            started = time.perf_counter()
+            LatentDataset(url, global_batch_size=BATCH).batch(step)
+            seconds.append(time.perf_counter() - started)
+    medians = {f"after step {step:,}, ms": 1e3 * statistics.median(seconds) for step, seconds in found.items()}
+    first, last = medians.values()
+    return {**medians, "ratio": last / first, "state": "the step: 8 bytes"}
+
+
+def shuffle(_: Path) -> dict[str, Any]:
+    """Lanes beside a full permutation, in data sets sorted by class: how far the classes of a window of the stream are
+    from their shares (mean total variation distance), and how far neighbours in the stream are apart in the data set
+    (mean, in shares of it)."""
+    found: dict[str, Any] = {}
+    for shards, classes in ((1000, 10), (1000, 1000), (10_000, 10), (10_000, 100), (10_000, 1000), (100_000, 1000)):
+        counts = np.full(shards, 1000)
+        orders = {"lanes": LaneOrder(counts, 0, 64), "full": FullOrder(counts, 0)}
+        for window in (256, 1024, 8192):
+            distances = {name: class_distance(order, classes, window) for name, order in orders.items()}
+            found[f"{shards} shards, {classes} classes, window {window}"] = {
+                **{name: round(value, 4) for name, value in distances.items()},
+                "ratio": round(distances["lanes"] / distances["full"], 3),
+            }
+        apart = {
+            name: np.abs(np.diff(numbers(order, 10**5, 0))).mean() / 1000 / shards for name, order in orders.items()
+        }
+        found[f"{shards} shards, neighbours apart"] = {name: round(float(value), 4) for name, value in apart.items()}
+    return found
+
+
+def numbers(order: LaneOrder | FullOrder, count: int, position: int) -> np.ndarray:
+    """Places in the data set, in its own order, of `count` samples of the stream."""
+    shards, indices, _ = order.locate(np.arange(position, position + count))
+    return (np.cumsum(order.counts) - order.counts)[shards] + indices
+
+
+def class_distance(order: LaneOrder | FullOrder, classes: int, window: int) -> float:
+    """The mean over 200 windows at each of three places of the first two epochs."""
+    distances = []
+    for position in (0, order.num_samples // 3, order.num_samples * 5 // 4 + 77):
+        labels = numbers(order, 200 * window, position).reshape(-1, window) * classes // order.num_samples
+        shares = np.stack([np.bincount(row, minlength=classes) / window for row in labels])
+        distances.append(np.abs(shares - 1 / classes).sum(1).mean() / 2)
+    return float(np.mean(distances))
+
+
+def large(folder: Path) -> dict[str, Any]:
+    """100,000 shards and 1e9 samples, of which only the manifest exists: opening in a fresh process, then places."""
+    url = str(folder / "latents")
+    write_manifest(url, 100_000, 10_000)
+    code = f"import sys; sys.path[:0] = {sys.path[:1]!r}; import bench_read; bench_read.open_large({url!r})"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def open_large(url: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    started = time.perf_counter()
+    data = LatentDataset(url, global_batch_size=BATCH)
+    opened = time.perf_counter() - started
+    started = time.perf_counter()
+    data.locate(10**6)
+    first = time.perf_counter() - started
+    order = data._mixtures[0].streams[0]._segments[0].order
+    timed = {}
+    for count in (1, BATCH, 4096):
+        positions = np.arange(10**8, 10**8 + count)
+        started = time.perf_counter()
+        for _ in range(100):
+            order.locate(positions)
+        timed[f"us for each of {count} positions"] = (time.perf_counter() - started) / 100 / count * 1e6
+    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    print(json.dumps({"open, s": opened, "first place, s": first, "MiB more than the imports": memory, **timed}))
+
+
+def write_manifest(url: str, shards: int, samples: int) -> None:
+    """A manifest of shards that are not there."""
+    moments = Moments(samples, (0.0,) * 4, (1.0,) * 4, (0.1,) * 4)
+    digest = hashlib.sha256().hexdigest()
+    receipts = []
+    for number in range(shards):
+        name = f"shard-{number:06d}"
+        output = OutputShard(
+            name=name, shape=RECORD, count=samples, bytes=samples * 17920, sha256=digest, index_bytes=1, columns=name,
+            index_sha256=digest, columns_bytes=1, columns_sha256=digest, max_label=9, moments=moments,
+        )  # fmt: skip
+        receipts.append(
+            ShardReceipt(
+                name=name,
+                source=name,
+                input_url="",
+                attempt=0,
+                input_bytes=1,
+                input_etag="",
+                input_sha256=digest,
+                fingerprint="f",
+                batch_size=1,
+                accounting=Accounting(samples, samples),
+                quarantine_sha256="",
+                outputs=(output,),
+            )  # fmt: skip
+        )
+    commit_generation(url, receipts, FINGERPRINT, 4, 8)
+
+
 def median_of(found: dict[str, list[float]]) -> dict[str, int]:
     return {name: round(statistics.median(values)) for name, values in found.items()}
 
 
-PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {"memory": memory, "draw": draw}
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "memory": memory,
+    "draw": draw,
+    "resume": resume_,
+    "shuffle": shuffle,
+    "large": large,
+}
 
 
 def main() -> None:

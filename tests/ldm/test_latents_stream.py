@@ -1,8 +1,13 @@
 """The stream of samples: one order for any batch size, world and restart; splits and draws by id."""
 
+import hashlib
+import multiprocessing
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ldm.config import RequestError
 from ldm.latents.choice import is_held_out
@@ -13,15 +18,126 @@ from ldm.latents.manifest import (
 from tests.pictures import COUNTS, TOTAL, latent_dataset, records, some_fingerprint, write_latent_shard
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_ranks_share_out_the_same_global_batch(written, world):
-    whole = LatentDataset(written[0], global_batch_size=8, seed=3)
-    parts = [LatentDataset(written[0], global_batch_size=8, seed=3) for _ in range(world)]
-    for step in (0, 1, 5, 1000):
-        expected = whole.batch(step)
-        found = [part.batch(step, rank, world) for rank, part in enumerate(parts)]
-        for name in ("moments", "labels", "ids", "epochs"):
-            assert torch.equal(torch.cat([getattr(b, name) for b in found]), getattr(expected, name))
+def chain(url: str, batch_size: int, world: int, workers: int, steps: range, **options) -> list[str]:
+    """The running hash of (id, epoch) in the order of the global stream, after each step, as all ranks read it."""
+    ranks = [LatentDataset(url, global_batch_size=batch_size, seed=3, **options) for _ in range(world)]
+    streams = [data.batches(steps.start, rank=rank, world=world, workers=workers) for rank, data in enumerate(ranks)]
+    digest, found = hashlib.sha256(), []
+    for _ in steps:
+        ids, epochs = np.full(batch_size, -1), np.full(batch_size, -1)
+        for rank, stream in enumerate(streams):
+            batch, slots = next(stream), ranks[rank]._slots(rank, world)
+            assert len(batch) == batch_size // world
+            ids[slots], epochs[slots] = batch.ids, batch.epochs
+        digest.update(ids.tobytes() + epochs.tobytes())
+        found.append(digest.hexdigest())
+    for stream in streams:
+        stream.close()
+    return found
+
+
+@pytest.mark.parametrize("batch_size", [24, 192])
+def test_the_stream_is_the_same_on_any_world_and_with_any_workers(written, batch_size):
+    """Shards of 7, 13, 1 and 5 samples; 8 and 64 lanes: nothing divides anything."""
+    expected = chain(written[0], batch_size, 1, 0, range(12))
+    for world, workers in ((1, 2), (1, 8), (2, 0), (3, 2), (4, 0), (8, 2)):
+        assert chain(written[0], batch_size, world, workers, range(12)) == expected, (world, workers)
+
+
+def test_it_goes_on_exactly_on_another_world(written):
+    """Stopped after any step."""
+    expected = [LatentDataset(written[0], global_batch_size=24, seed=3).batch(step) for step in range(9)]
+    for stopped, world in ((1, 8), (4, 3), (7, 2)):
+        data = LatentDataset(written[0], global_batch_size=24, seed=3)
+        for step in range(stopped, 9):
+            parts = {rank: data.batch(step, rank, world) for rank in range(world)}
+            for name in ("moments", "labels", "ids", "epochs"):
+                whole = torch.empty_like(getattr(expected[step], name))
+                for rank, part in parts.items():
+                    whole[data._slots(rank, world)] = getattr(part, name)
+                assert torch.equal(whole, getattr(expected[step], name))
+
+
+def test_ranks_own_whole_lanes(written):
+    data = LatentDataset(written[0], global_batch_size=192)
+    for world in (2, 4, 8):
+        lanes = [set((data._slots(rank, world) % data.lanes).tolist()) for rank in range(world)]
+        assert all(len(own) == 64 // world for own in lanes) and len(set.union(*lanes)) == 64
+
+
+def test_one_small_shard_and_eight_ranks(kl, tmp_path):
+    latent_dataset(str(tmp_path), kl, (3,))
+    ranks = [LatentDataset(str(tmp_path), global_batch_size=64, seed=rank // 8) for rank in range(8)]
+    for step in (0, 1, 1000):
+        batches = [data.batch(step, rank, 8) for rank, data in enumerate(ranks)]
+        assert [len(batch) for batch in batches] == [8] * 8
+    with pytest.raises(AssertionError):
+        ranks[0].batch(0, 0, 7)
+
+
+def test_a_background_reader_that_fails_says_so(written, monkeypatch):
+    data = LatentDataset(written[0], global_batch_size=4)
+    real = data.batch
+    monkeypatch.setattr(data, "batch", lambda step, *rest, **named: real(step // (step != 5), *rest, **named))
+    stream = data.batches(2, workers=2)
+    assert [len(next(stream)) for _ in range(3)] == [4, 4, 4]
+    with pytest.raises(ZeroDivisionError):
+        next(stream)
+
+
+def test_it_travels_to_a_spawned_process(written):
+    data = LatentDataset(written[0], global_batch_size=4, seed=5, where="label > 0", exclude={0: [1], 9: [2]})
+    data.batch(0)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        found = pool.apply(LatentDataset.batch, (data, 3))
+    assert torch.equal(found.ids, data.batch(3).ids) and torch.equal(found.moments, data.batch(3).moments)
+
+
+def test_exclusion_in_the_middle_of_an_epoch(written):
+    """From the step on the ids appear no more; the rest of the stream of that epoch stays as it was, and the next
+    epochs are permutations of what is left."""
+    url, batch_size, step = written[0], 4, 9  # of 26 samples: step 9 is in the second epoch
+    before = LatentDataset(url, global_batch_size=batch_size, seed=1)
+    gone = before.batch(11).ids[:2].tolist() + before.batch(7).ids[:1].tolist()
+    after = LatentDataset(url, global_batch_size=batch_size, seed=1, exclude={step: gone})
+    assert after.num_samples == TOTAL - 3 and after.chosen["left_out"] == {"exclude": 3}
+    for number in range(step):
+        assert torch.equal(after.batch(number).ids, before.batch(number).ids)
+    replaced = 0
+    for number in range(step, 13):  # to the end of the epoch
+        old, new = before.batch(number), after.batch(number)
+        same = torch.tensor([identity not in gone for identity in old.ids.tolist()])
+        assert torch.equal(old.ids[same], new.ids[same]) and torch.equal(old.epochs, new.epochs)
+        assert torch.equal(old.moments[same], new.moments[same])
+        replaced += int((~same).sum())
+    assert replaced >= 2
+    later = [after.batch(number) for number in range(step, 60)]
+    assert not set(torch.cat([batch.ids for batch in later]).tolist()) & set(gone)
+    ids, epochs = (torch.cat([getattr(batch, name) for batch in later[4:]]) for name in ("ids", "epochs"))
+    for epoch in range(2, int(epochs.max())):
+        assert len(set(ids[epochs == epoch].tolist())) == TOTAL - 3 == int((epochs == epoch).sum())
+    # A reader that begins later, in another world, gives the same.
+    parts = [
+        LatentDataset(url, global_batch_size=4, seed=1, exclude={step: gone}).batch(30, rank, 2) for rank in (0, 1)
+    ]
+    assert torch.equal(torch.cat([part.ids for part in parts]), after.batch(30).ids)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    steps=st.lists(st.integers(0, 40), min_size=1, max_size=3, unique=True),
+    batch_size=st.sampled_from([1, 4, 6, 64]),
+    weights=st.sampled_from([None, (2, 1)]),
+    data=st.data(),
+)
+def test_what_is_excluded_never_comes_again(written, steps, batch_size, weights, data):
+    urls = [written[0], written[0]] if weights else written[0]
+    everything = LatentDataset(written[0], global_batch_size=1).all().ids.tolist()
+    exclude = {step: data.draw(st.lists(st.sampled_from(everything), max_size=8)) for step in steps}
+    found = LatentDataset(urls, global_batch_size=batch_size, seed=1, exclude=exclude, weights=weights)
+    for step in range(0, 50, 3):
+        gone = {identity for first, ids in exclude.items() if first <= step for identity in ids}
+        assert not gone & set(found.batch(step).ids.tolist()), step
 
 
 @pytest.mark.parametrize("shuffle", ["lanes", "full"])
