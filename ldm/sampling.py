@@ -14,7 +14,7 @@ from ldm import images, storage
 from ldm.autoencoder import Autoencoder
 from ldm.config import Config, Location, RequestError
 from ldm.diffusion import DiffusionConfig
-from ldm.latents.dataset import channels
+from ldm.latents.batch import channels
 from ldm.latents.manifest import Conditioning
 from ldm.latents.receipt import Statistics
 from ldm.sampler import ddim, guided, initial_noise, make_plan, step_noise

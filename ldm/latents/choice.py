@@ -4,7 +4,7 @@ import ast
 import difflib
 import hashlib
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -145,6 +145,16 @@ def read_ids(url: str) -> frozenset[int]:
         if text:
             ids.add(int(text))
     return frozenset(ids)
+
+
+def exclusions_by_step(given: str | Collection[int] | Mapping[int, str | Collection[int]]) -> dict[int, frozenset[int]]:
+    """All that is excluded from each step on, step 0 first."""
+    by_step = given if isinstance(given, Mapping) else {0: given}
+    found, so_far = {0: frozenset[int]()}, frozenset[int]()
+    for step, ids in sorted(by_step.items()):
+        so_far |= read_ids(ids) if isinstance(ids, str) else frozenset(map(int, ids))
+        found[step] = so_far
+    return found
 
 
 def ids_hash(ids: Iterable[int]) -> str:

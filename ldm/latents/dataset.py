@@ -15,18 +15,17 @@ import math
 import threading
 from collections.abc import Collection, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ldm import random, storage
-from ldm.config import RequestError, differences
+from ldm import storage
+from ldm.config import RequestError
+from ldm.latents.batch import LatentBatch
 from ldm.latents.cache import Cache, RemoteFile
-from ldm.latents.choice import Choice, Chosen, Split, choose, read_ids
-from ldm.latents.manifest import Manifest, read_manifest
+from ldm.latents.choice import Choice, Chosen, Split, choose, exclusions_by_step
+from ldm.latents.manifest import Manifest, check_alike, read_manifest
 from ldm.latents.order import LANES, Integers
 from ldm.latents.receipt import Statistics
 from ldm.latents.records import Records, Source
@@ -35,31 +34,6 @@ from ldm.latents.stream import Mixture, Placed, Stream, apportion, integer_weigh
 Shuffle = Literal["lanes", "full"]
 _LOCATED_AT_ONCE = 4096
 _CHUNKS_KEPT = 8
-
-
-@dataclass(frozen=True)
-class LatentBatch:
-    """moments: fp16 (B, 2C or C, h, w), raw. labels: int64 (B,), the null class where there is none.
-    ids, epochs: int64 (B,): what the random numbers of a sample are keyed by. captions: (B,) texts, where asked for."""
-
-    moments: Tensor
-    labels: Tensor
-    ids: Tensor
-    epochs: Tensor
-    captions: tuple[str | None, ...] | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def pinned(self) -> "LatentBatch":
-        """The same in page-locked memory."""
-        each = (self.moments, self.labels, self.ids, self.epochs)
-        moments, labels, ids, epochs = (part if part.is_pinned() else part.pin_memory() for part in each)
-        return LatentBatch(moments, labels, ids, epochs, self.captions)
-
-    def __getitem__(self, part: slice) -> "LatentBatch":
-        captions = None if self.captions is None else self.captions[part]
-        return LatentBatch(self.moments[part], self.labels[part], self.ids[part], self.epochs[part], captions)
 
 
 class LatentDataset:
@@ -102,20 +76,21 @@ class LatentDataset:
         if generation is None:
             generations *= len(urls)
         self.manifests = tuple(read_manifest(*pair) for pair in zip(urls, generations, strict=True))
-        _check_alike(self.manifests)
+        check_alike(self.manifests)
         self.url, self.seed, self.global_batch_size = ",".join(urls), seed, global_batch_size
         self.lanes, self.cache = math.gcd(LANES, global_batch_size), cache or Cache()
         self._is_local = all(map(storage.is_local, urls))
         if shuffle == "full" and not self._is_local:
             raise RequestError(f"shuffle=full: reads everywhere at once, but latents={self.url} is remote; give lanes")
-        self._exclusions = _exclusions(exclude)
+        self._exclusions = exclusions_by_step(exclude)
         choices = [Choice(where, ids, holdout, split) for ids in self._exclusions.values()]
         chosen = [[choose(manifest, choice) for choice in choices] for manifest in self.manifests]
         self._chosen = [each[-1] for each in chosen]
         for manifest, each in zip(self.manifests, self._chosen, strict=True):
             if not each.counts.sum():
                 raise RequestError(f"latents={manifest.url}: the {split} split holds no sample ({choices[-1]})")
-        self._weights = _integer_weights(weights, self.manifests, self._chosen)
+        # Of what was there at first: what is excluded later must not move the rest of the stream.
+        self._weights = _integer_weights(weights, [each[0] for each in chosen])
         self._open_shapes(list(self._exclusions), chosen, shuffle, captions)
         self._located: collections.OrderedDict[tuple[int, int, int], list[tuple[int, Placed]]]
         self._located, self._lock = collections.OrderedDict(), threading.Lock()
@@ -280,8 +255,10 @@ class LatentDataset:
             for manifest, each, weight in zip(self.manifests, chosen, self._weights, strict=True):
                 numbers = manifest.shapes.get(shape, np.empty(0, np.int64))
                 its = [Source(manifest, numbers, one) for one in each]
-                if not its[-1].counts.sum():
+                if not its[0].counts.sum():
                     continue
+                if not its[-1].counts.sum():
+                    raise RequestError(f"exclude: leaves no record of the shape {shape} in {manifest.url}")
                 streams.append(Stream(its, len(sources), self.seed, self.lanes, shuffle == "full"))
                 weights.append(max(1, weight * int(its[0].counts.sum()) // int(each[0].counts.sum())))
                 sources += its
@@ -300,52 +277,10 @@ class LatentDataset:
         return [(number, sources[number]) for number in range(per - 1, len(sources), per)]
 
 
-def draw_latents(batch: LatentBatch, statistics: Statistics, seed: int, device: str | torch.device = "cpu") -> Tensor:
-    """Raw moments => normalised latents float32 (B, C, h, w): a posterior sample, keyed by (seed, epoch, id)."""
-    moments = batch.moments.to(device, non_blocking=True).float()
-    mean, std = channels(statistics.mean, device), channels(statistics.std, device)
-    num_channels = len(statistics.mean)
-    latents = moments[:, :num_channels]
-    if moments.shape[1] == 2 * num_channels:
-        ids, epochs = batch.ids.to(device), batch.epochs.to(device)
-        noise = random.normal(seed, "posterior", ids, epochs, tuple(latents.shape[1:]))
-        latents = latents + (0.5 * moments[:, num_channels:]).exp() * noise
-    return (latents - mean) / std
-
-
-def channels(values: tuple[float, ...], device: str | torch.device = "cpu") -> Tensor:
-    """(C,) => float32 (1, C, 1, 1)"""
-    return torch.tensor(values, dtype=torch.float32, device=device)[None, :, None, None]
-
-
-def _exclusions(given: str | Collection[int] | Mapping[int, str | Collection[int]]) -> dict[int, frozenset[int]]:
-    """All that is excluded from each step on, step 0 first."""
-    by_step = given if isinstance(given, Mapping) else {0: given}
-    found, so_far = {0: frozenset[int]()}, frozenset[int]()
-    for step, ids in sorted(by_step.items()):
-        so_far |= read_ids(ids) if isinstance(ids, str) else frozenset(map(int, ids))
-        found[step] = so_far
-    return found
-
-
-def _integer_weights(
-    weights: Sequence[float] | None, manifests: Sequence[Manifest], chosen: Sequence[Chosen]
-) -> list[int]:
+def _integer_weights(weights: Sequence[float] | None, chosen: Sequence[Chosen]) -> list[int]:
     """Of each data set: the numbers of their samples, or what was asked for."""
-    if weights is None or len(manifests) == 1:
+    if weights is None or len(chosen) == 1:
         return [int(each.counts.sum()) for each in chosen]
-    if len(weights) != len(manifests) or not all(weight > 0 for weight in weights):
-        raise RequestError(f"weights={list(weights)}: give one above 0 for each of the {len(manifests)} data sets")
+    if len(weights) != len(chosen) or not all(weight > 0 for weight in weights):
+        raise RequestError(f"weights={list(weights)}: give one above 0 for each of the {len(chosen)} data sets")
     return integer_weights(weights)
-
-
-def _check_alike(manifests: Sequence[Manifest]) -> None:
-    """Raises RequestError where data sets cannot be mixed."""
-    first = manifests[0]
-    for other in manifests[1:]:
-        lines = differences(
-            {"fingerprint": first.fingerprint, "conditioning": asdict(first.conditioning)},
-            {"fingerprint": other.fingerprint, "conditioning": asdict(other.conditioning)},
-        )
-        if lines:
-            raise RequestError(f"latents={other.url}: does not go with {first.url} ({'; '.join(lines)})")

@@ -130,6 +130,18 @@ def check_fingerprint(url: str, found: dict[str, Any], wanted: dict[str, Any]) -
         )
 
 
+def check_alike(manifests: Sequence[Manifest]) -> None:
+    """Raises RequestError where data sets cannot be mixed."""
+    first = manifests[0]
+    for other in manifests[1:]:
+        lines = differences(
+            {"fingerprint": first.fingerprint, "conditioning": asdict(first.conditioning)},
+            {"fingerprint": other.fingerprint, "conditioning": asdict(other.conditioning)},
+        )
+        if lines:
+            raise RequestError(f"latents={other.url}: does not go with {first.url} ({'; '.join(lines)})")
+
+
 def read_receipts(url: str) -> dict[str, ShardReceipt]:
     """All committed receipts by name: those that the newest generation holds, and those written since."""
     known: dict[str, ShardReceipt] = {}

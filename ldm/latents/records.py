@@ -9,6 +9,7 @@ import hashlib
 import threading
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -24,10 +25,12 @@ from ldm.latents.choice import Chosen
 from ldm.latents.manifest import Manifest
 from ldm.latents.tables import from_parquet
 from ldm.latents.writer import columns_url, index_url, latents_url
+from ldm.storage import is_local
 
 Integers = npt.NDArray[np.int64]
 _ALIGNMENT = 64
 """Of a record in a file, in bytes: tar members begin at multiples of 512, and a .npy header is a multiple of 64."""
+_FETCHED_AT_ONCE = 8
 _MOST_RECORDS = 8_000_000
 _MOST_MAPS = 16_384
 """What is held of open shards, at most: 37 bytes a record, and as many mappings as a quarter of Linux's limit."""
@@ -150,12 +153,19 @@ class Records:
                 held = self._nothing_open()
                 missing = self._missing(held, source, shards)
             if missing:
-                self._cache.prefetch([file for number, shard in missing for file in self.sources[number].files(shard)])
+                self._fetch(missing)
                 for number, shard in missing:
                     self._open_shard(held, number, shard)
                 self._set_window(held)
             self._open = held
             return held
+
+    def _fetch(self, shards: Sequence[tuple[int, int]]) -> None:
+        """Has the files of several shards fetched at once where they are remote."""
+        files = [file for number, shard in shards for file in self.sources[number].files(shard)]
+        if remote := [file for file in files if not is_local(file.url)]:
+            with ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
+                list(pool.map(self._cache.get, remote))
 
     def _nothing_open(self) -> _Open:
         return _Open([np.full(len(source.numbers), -1, np.int64) for source in self.sources])

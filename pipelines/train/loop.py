@@ -19,8 +19,9 @@ from ldm import random, storage
 from ldm.config import validate
 from ldm.denoiser import build_denoiser
 from ldm.diffusion import Diffusion
+from ldm.latents.batch import LatentBatch, draw_latents
 from ldm.latents.cache import Cache
-from ldm.latents.dataset import LatentBatch, LatentDataset, draw_latents
+from ldm.latents.dataset import LatentDataset
 from ldm.snapshot import read_snapshot, write_snapshot
 from pipelines import cluster
 from pipelines.tracking import PROGRESS_KEY, Tracker

@@ -6,7 +6,6 @@ are printed as JSON.
 
 import hashlib
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -20,7 +19,8 @@ import numpy as np
 import torch
 import webdataset
 
-from ldm.latents.dataset import LatentDataset, draw_latents
+from ldm.latents.batch import draw_latents
+from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import commit_generation, fingerprint_hash
 from ldm.latents.order import FullOrder, LaneOrder
 from ldm.latents.receipt import Accounting, Moments, OutputShard, ShardReceipt
@@ -140,9 +140,8 @@ def shuffle(_: Path) -> dict[str, Any]:
                 **{name: round(value, 4) for name, value in distances.items()},
                 "ratio": round(distances["lanes"] / distances["full"], 3),
             }
-        apart = {
-            name: np.abs(np.diff(numbers(order, 10**5, 0))).mean() / 1000 / shards for name, order in orders.items()
-        }
+        streams = {name: numbers(order, 10**5, 0) for name, order in orders.items()}
+        apart = {name: np.abs(np.diff(stream)).mean() / (1000 * shards) for name, stream in streams.items()}
         found[f"{shards} shards, neighbours apart"] = {name: round(float(value), 4) for name, value in apart.items()}
     return found
 
@@ -173,7 +172,7 @@ def large(folder: Path) -> dict[str, Any]:
 
 
 def open_large(url: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     started = time.perf_counter()
     data = LatentDataset(url, global_batch_size=BATCH)
     opened = time.perf_counter() - started
@@ -188,37 +187,27 @@ def open_large(url: str) -> None:
         for _ in range(100):
             order.locate(positions)
         timed[f"us for each of {count} positions"] = (time.perf_counter() - started) / 100 / count * 1e6
-    memory = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    print(json.dumps({"open, s": opened, "first place, s": first, "MiB more than the imports": memory, **timed}))
+    memory = {"peak, MiB": peak(), "of which imports, MiB": before}
+    print(json.dumps({"open, s": opened, "first place, s": first, **memory, **timed}))
+
+
+def peak() -> float:
+    """MiB, of this program since it began."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) / 1024
 
 
 def write_manifest(url: str, shards: int, samples: int) -> None:
     """A manifest of shards that are not there."""
     moments = Moments(samples, (0.0,) * 4, (1.0,) * 4, (0.1,) * 4)
     digest = hashlib.sha256().hexdigest()
+    accounting = Accounting(samples, samples)
     receipts = []
     for number in range(shards):
         name = f"shard-{number:06d}"
-        output = OutputShard(
-            name=name, shape=RECORD, count=samples, bytes=samples * 17920, sha256=digest, index_bytes=1, columns=name,
-            index_sha256=digest, columns_bytes=1, columns_sha256=digest, max_label=9, moments=moments,
-        )  # fmt: skip
-        receipts.append(
-            ShardReceipt(
-                name=name,
-                source=name,
-                input_url="",
-                attempt=0,
-                input_bytes=1,
-                input_etag="",
-                input_sha256=digest,
-                fingerprint="f",
-                batch_size=1,
-                accounting=Accounting(samples, samples),
-                quarantine_sha256="",
-                outputs=(output,),
-            )  # fmt: skip
-        )
+        tar = (name, RECORD, samples, samples * 17920, digest)
+        output = OutputShard(*tar, 1, digest, name, 1, digest, 9, moments)
+        receipts.append(ShardReceipt(name, name, "", 0, 1, "", digest, "f", 1, accounting, "", (output,)))
     commit_generation(url, receipts, FINGERPRINT, 4, 8)
 
 

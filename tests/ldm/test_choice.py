@@ -256,3 +256,22 @@ def test_one_shape_in_a_batch_and_every_sample_in_its_turn(shaped, batch_size):
             assert len(set(ids[epoch * size : (epoch + 1) * size].tolist())) == size
     with pytest.raises(RequestError, match="holds the shapes"):
         _ = data.latent_shape
+
+
+def test_what_is_excluded_later_moves_nothing_else(shaped, two):
+    """Neither the turns of the shapes nor those of the data sets."""
+    for url, batch_size in ((shaped, 2), (two, 8)):
+        before = LatentDataset(url, global_batch_size=batch_size, seed=1)
+        step = before.num_samples // batch_size // 3
+        gone = before.batch(step).ids[:1].tolist()
+        after = LatentDataset(url, global_batch_size=batch_size, seed=1, exclude={step: gone})
+        moved = 0
+        for number in range(2 * step):  # within the first epoch
+            old, new = before.batch(number), after.batch(number)
+            assert old.moments.shape == new.moments.shape
+            changed = (old.ids != new.ids).numpy()
+            assert set(old.ids[changed].tolist()) <= set(gone) and not (number < step and changed.any())
+            moved += int(changed.sum())
+        assert moved == 1
+    with pytest.raises(RequestError, match=r"exclude: leaves no record of the shape \(8, 4, 1\)"):
+        LatentDataset(shaped, global_batch_size=1, exclude={7: [sample_id("a", str(n)) for n in range(25, 29)]})

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ldm.config import RequestError
+from ldm.latents.batch import LatentBatch, draw_latents
 from ldm.latents.choice import is_held_out
-from ldm.latents.dataset import LatentBatch, LatentDataset, draw_latents
+from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import (
     commit_generation,
 )

@@ -16,6 +16,7 @@ import torch
 from ldm import storage
 from ldm.autoencoder import Autoencoder
 from ldm.config import RequestError, parse
+from ldm.latents.dataset import LatentDataset
 from ldm.sampling import SampleConfig, sample
 from ldm.snapshot import read_snapshot
 from pipelines.train import TrainConfig, TrainReport, plan, train
@@ -244,6 +245,39 @@ def test_a_run_goes_on_only_as_it_began(latents: str, uninterrupted: Run) -> Non
     with pytest.raises(RequestError, match="resume=never: .* holds a run"):
         plan(config(latents, output, resume="never"))
     assert plan(config(latents, output, max_steps=100, num_workers=4, zero_stage=3)).checkpoint is not None
+
+
+@pytest.mark.ray
+def test_what_is_excluded_while_a_run_rests_stays_excluded(
+    latents: str, uninterrupted: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The run keeps the list: it goes on without the file, and without taking anything from it."""
+    output, listed = tmp_path / "run", tmp_path / "gone.txt"
+    shutil.copytree(uninterrupted.output, output)
+    before = LatentDataset(latents, global_batch_size=8)
+    gone = before.batch(8).ids[:3].tolist()  # what the next step would have read
+    listed.write_text("".join(f"{identity}\n" for identity in gone))
+    assert train(config(latents, output, max_steps=10, exclude=str(listed))).step == 10
+    assert "42 samples (left out: 3 by exclude)" in capfd.readouterr().err
+    record = storage.read_json(str(output / "run.json"))
+    assert list(record["exclusions"]) == ["8"] and record["chosen"]["left_out"] == {"exclude": 3}
+    listed.write_text(f"{gone[0]}\n")
+    with pytest.raises(RequestError, match=r"exclude=.*: lacks 2 of the 3 ids that the run leaves out already"):
+        plan(config(latents, output, max_steps=12, exclude=str(listed)))
+    data = plan(config(latents, output, max_steps=12)).dataset
+    assert data.chosen == record["chosen"]
+    for step in range(8):
+        assert torch.equal(data.batch(step).ids, before.batch(step).ids)
+    assert not set(gone) & {identity for step in range(8, 60) for identity in data.batch(step).ids.tolist()}
+
+
+@pytest.mark.ray
+def test_a_run_of_an_older_format_is_not_resumed(latents: str, uninterrupted: Run, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted.output, output)
+    storage.write_json(str(output / "run.json"), {"format": "ldm-run", "version": 1, "generation": "x"})
+    with pytest.raises(RequestError, match=r"a run of another version, which had another order of samples .*init_from"):
+        plan(config(latents, output))
 
 
 @pytest.mark.ray
