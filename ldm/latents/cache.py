@@ -99,16 +99,18 @@ class Cache:
                 self._bring(file, wait=False)
 
     def _bring(self, file: RemoteFile, wait: bool) -> None:
-        """Returns when the file is here; where another brings it and `wait` is false, at once."""
+        """Returns when the file is here; without `wait` at once, where another brings it or others fill the cache."""
         while not self._shelf.use(file):
             try:
                 with self._shelf.part(file, wait) as part:
                     if part is None:
                         return
-                    if not self._shelf.use(file):  # another may have brought it while this one waited
-                        self._shelf.make_room(file, part)
-                        _fetch_verified(file, Path(part.name))
-                        self._shelf.put(file, part)
+                    if self._shelf.use(file):  # another has brought it while this one waited
+                        return
+                    if not self._shelf.make_room(file, part, needed_now=wait):
+                        return
+                    _fetch_verified(file, Path(part.name))
+                    self._shelf.put(file, part)
             except OSError as error:
                 if error.errno not in FULL or not self._shelf.give_way(file.bytes):
                     self._shelf.explain(error, file)

@@ -89,8 +89,12 @@ class Shelf:
                 if part is not None:
                     _remove(part)
 
-    def make_room(self, file: RemoteFile, part: FileIO) -> None:
-        """Gives `part` the size of `file`, on the disk too; others give way to it. Raises RequestError, OSError."""
+    def make_room(self, file: RemoteFile, part: FileIO, needed_now: bool) -> bool:
+        """Gives `part` the size of `file`, on the disk too; others give way to it.
+
+        False where the files on their way take all the room, and this one is not `needed_now`: else it comes in spite
+        of them. Raises RequestError, OSError.
+        """
         if file.bytes > self.max_bytes:
             raise RequestError(
                 f"{file.url}: has {storage.readable(file.bytes)}, and the cache {self._folder} may take "
@@ -99,16 +103,23 @@ class Shelf:
         with self._taken() as taken:
             if taken.bytes + file.bytes > self.max_bytes:
                 taken.bytes = self._evict(self.max_bytes - file.bytes)
+            if taken.bytes + file.bytes > self.max_bytes and not needed_now:
+                return False
             taken.bytes += file.bytes
             part.truncate(file.bytes)  # from now on whoever counts sees it
         if file.bytes:
             os.posix_fallocate(part.fileno(), 0, file.bytes)
+        return True
 
     def put(self, file: RemoteFile, part: FileIO) -> None:
         """Makes the finished part a whole file."""
-        place = self.place(file)
+        place, now = self.place(file), time.time_ns()
         place.parent.mkdir(exist_ok=True)
-        os.replace(part.name, place)
+        with self._taken() as taken:
+            os.utime(part.name, ns=(now, now))
+            os.replace(part.name, place)
+            if taken.bytes > self.max_bytes:  # it came in spite of others
+                taken.bytes = self._evict(self.max_bytes, but=place)
 
     def give_way(self, needed: int) -> bool:
         """Removes the least recently used files, of `needed` bytes or more together; False where none is left."""
@@ -130,7 +141,7 @@ class Shelf:
         assert error.errno
         raise OSError(error.errno, f"{text}, or set LDM_CACHE to another folder", str(self._folder)) from error
 
-    def _evict(self, limit: int) -> int:
+    def _evict(self, limit: int, but: Path | None = None) -> int:
         """Removes what killed processes left, then the least recently used files until `limit` bytes are left, or less.
 
         Answers how many are left: what is on its way stays.
@@ -142,8 +153,9 @@ class Shelf:
             for _, size, path in sorted(self._files()):
                 if taken <= limit:
                     break
-                path.unlink(missing_ok=True)
-                taken -= size
+                if path != but:
+                    path.unlink(missing_ok=True)
+                    taken -= size
         return taken
 
     @contextlib.contextmanager
