@@ -79,8 +79,9 @@ class Cache:
             self._queue.clear()
 
     def _missing(self, files: Sequence[RemoteFile]) -> list[RemoteFile]:
-        ahead, room = [], self._shelf.max_bytes
-        for file in dict.fromkeys(file for file in files if not storage.is_local(file.url)):
+        remote = dict.fromkeys(file for file in files if not storage.is_local(file.url))
+        ahead, room = [], self._shelf.max_bytes if remote else 0
+        for file in remote:
             room -= file.bytes
             if room < 0:
                 break

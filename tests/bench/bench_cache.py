@@ -116,7 +116,8 @@ def measure(link: int) -> dict[str, Any]:
         ways = {"cache": cached, "boto3": with_boto3, "s3fs": with_s3fs}
         rounds = []
         for number in range(-1, ROUNDS):  # the first one warms up
-            rates = {name: rate(way, files) for name, way in ways.items()}
+            order = sorted(ways, key=lambda name: (list(ways).index(name) + number) % len(ways))
+            rates = {name: rate(ways[name], files) for name in order}
             print({name: round(value) for name, value in rates.items()}, file=sys.stderr, flush=True)
             if number >= 0:
                 rounds.append(rates)
