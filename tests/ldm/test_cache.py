@@ -474,10 +474,10 @@ def test_what_is_needed_now_does_not_queue(asked, put, tmp_path):
 
 
 def test_no_more_is_fetched_ahead_than_fits(asked, put, tmp_path):
-    files, cache = put(7), Cache(4 * SIZE, tmp_path)
+    files, cache = put(8), Cache(4 * SIZE, tmp_path)
     for number in (0, 4, 5, 6):
         cache.get(files[number])
-    cache.prefetch([files[1], files[2], files[3], files[0], files[4]])
+    cache.prefetch([files[1], files[2], files[3], files[0], files[7]])
     until(lambda: cache._workers == 0)
     assert held(tmp_path, files) == [0, 1, 2, 3] and asked[4:] == names(files[1:4])
 
