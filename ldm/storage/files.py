@@ -3,12 +3,13 @@
 import contextlib
 import errno
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import fsspec
 
@@ -26,6 +27,12 @@ class Readable(Protocol):
     """A file to read from its start to its end."""
 
     def read(self, size: int = -1, /) -> bytes: ...
+
+
+class Digest(Protocol):
+    """A hash of `hashlib`."""
+
+    def update(self, data: Any, /) -> None: ...
 
 
 @contextlib.contextmanager
@@ -197,32 +204,48 @@ def fetch(url: str, target: Path) -> None:
     try:
         if is_local(url):
             shutil.copyfile(local_path(url), target)
-        else:
-            _fetch_parts(url, target)
+            return
+        found = file_info(url)
+        fetch_known(url, target, found[0])
+        if file_info(url) != found:
+            raise OSError(errno.EBUSY, "changed while it was fetched", url)
     except BaseException:
         target.unlink(missing_ok=True)
         raise
 
 
-def _fetch_parts(url: str, target: Path) -> None:
-    found = file_info(url)
-    with target.open("wb") as handle, ThreadPoolExecutor(_STREAMS) as pool:
+def fetch_known(url: str, target: Path, size: int, digest: Digest | None = None) -> None:
+    """Copies `size` bytes of a remote file to a local one, with no other question; a failure leaves a part of them.
 
-        def fetch_part(start: int) -> None:
-            end = min(start + PART, found[0])
+    It is for the caller to find by their hash whether they are those of one version: `digest` is fed while they come.
+    """
+    with _open_sized(target, size) as handle, ThreadPoolExecutor(_STREAMS) as pool:
+
+        def fetch_part(start: int) -> slice:
+            end = min(start + PART, size)
 
             def read(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
                 data = bytes(fs.cat_file(path, start=start, end=end))
+                if len(data) != end - start and file_info(url)[0] != size:
+                    raise OSError(errno.EBUSY, f"does not have {size} bytes", url)  # nor will it at the next try
                 if len(data) != end - start:
                     raise OSError(errno.EIO, f"sent {len(data)} bytes of {end - start}")
                 return data
 
             os.pwrite(handle.fileno(), ask(url, read), start)
+            return slice(start, end)
 
-        for _ in pool.map(fetch_part, range(0, found[0], PART)):
-            pass  # raises what a part raised
-    if file_info(url) != found:
-        raise OSError(errno.EBUSY, "changed while it was fetched", url)
+        for part in pool.map(fetch_part, range(0, size, PART)):  # raises what a part raised
+            if digest is not None:
+                # Not the bytes that came: those that wait for an earlier part would pile up in memory.
+                digest.update(memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))[part])
+
+
+def _open_sized(target: Path, size: int) -> BinaryIO:
+    """A file of that many bytes, to write to; the room that it has on the disk it keeps."""
+    handle = os.fdopen(os.open(target, os.O_RDWR | os.O_CREAT, 0o666), "r+b")
+    handle.truncate(size)
+    return handle
 
 
 def remove(url: str) -> None:
