@@ -110,11 +110,11 @@ class Cache:
                         return
                     if self._shelf.use(file):  # another has brought it while this one waited
                         return
-                    if not self._shelf.make_room(file, part, needed_now=wait):
-                        return
-                    _fetch_verified(file, Path(part.name))
-                    self._shelf.put(file, part)
-            except OSError as error:
+                    if self._shelf.make_room(file, part, needed_now=wait):
+                        _fetch_verified(file, Path(part.name))
+                        self._shelf.put(file, part)
+                    return
+            except OSError as error:  # on a full disk again, once others have given way
                 if error.errno not in FULL or not self._shelf.give_way(file.bytes):
                     self._shelf.explain(error, file)
                     raise
