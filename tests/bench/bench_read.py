@@ -6,40 +6,47 @@ are printed as JSON.
 
 import hashlib
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import torch
 import webdataset
+from bench_cache import s3_server
+from botocore.config import Config as BotoConfig
 
 from ldm.latents.batch import draw_latents
+from ldm.latents.cache import Cache
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import commit_generation, fingerprint_hash
 from ldm.latents.order import FullOrder, LaneOrder
 from ldm.latents.receipt import Accounting, Moments, OutputShard, ShardReceipt
 from ldm.latents.writer import ShardWriter
+from tests.chaos_s3 import ChaosProxy
 
 BATCH = 256
 RECORD = (8, 32, 32)  # fp16: 16 KiB
 FINGERPRINT = {"format": 2, "store": "moments", "dtype": "float16"}
 
 
-def write_dataset(url: str, shards: int, samples: int) -> None:
-    """A latent dataset of random moments, sorted by class: shard n holds class n % 10."""
+def write_dataset(url: str, shards: int, samples: int, counts: list[int] | None = None) -> None:
+    """A latent dataset of random moments: `shards` of `samples` each, or of `counts`; shard n holds class n % 10."""
     receipts = []
-    for shard in range(shards):
-        values = np.random.default_rng(shard).normal(size=(samples, *RECORD)).astype(np.float16)
+    for shard, count in enumerate(counts or [samples] * shards):
+        values = np.random.default_rng(shard).normal(size=(count, *RECORD)).astype(np.float16)
         with ShardWriter(url, f"shard-{shard:05d}", fingerprint_hash(FINGERPRINT), RECORD[0] // 2) as writer:
             for number, record in enumerate(values):
                 writer.add(f"{number:06d}", record, label=shard % 10)
-            receipts.append(writer.commit(samples, 1, "0" * 64))
+            receipts.append(writer.commit(count, 1, "0" * 64))
     commit_generation(url, receipts, FINGERPRINT, RECORD[0] // 2, 8)
 
 
@@ -215,12 +222,89 @@ def median_of(found: dict[str, list[float]]) -> dict[str, int]:
     return {name: round(statistics.median(values)) for name, values in found.items()}
 
 
+def s3(folder: Path) -> dict[str, Any]:
+    """An epoch from S3 with an empty cache, beside plain range GETs of the same bytes, eight at a time, into files."""
+    write_dataset(str(folder / "latents"), 64, 500)
+    with s3_server(0):
+        sizes = upload(folder / "latents")
+        keys = [key for key in sizes if key.startswith(("latents/", "columns/"))]
+        steps = 64 * 500 // BATCH
+
+        def ours() -> float:
+            with tempfile.TemporaryDirectory() as cache:
+                started = time.perf_counter()
+                data = LatentDataset("s3://bucket", global_batch_size=BATCH, cache=Cache(folder=Path(cache)))
+                for step, _ in enumerate(data.batches(workers=1), start=1):
+                    if step == steps:
+                        break
+                return sum(sizes[key] for key in keys) / (time.perf_counter() - started) / 2**20
+
+        def plain() -> float:
+            client = boto3.client("s3", config=BotoConfig(max_pool_connections=8))
+
+            def get(key: str) -> None:
+                answer = client.get_object(Bucket="bucket", Key=key, Range=f"bytes=0-{sizes[key] - 1}")
+                Path(target, key.replace("/", "-")).write_bytes(answer["Body"].read())
+
+            with tempfile.TemporaryDirectory() as target, ThreadPoolExecutor(8) as pool:
+                started = time.perf_counter()
+                list(pool.map(get, keys))
+                return sum(sizes[key] for key in keys) / (time.perf_counter() - started) / 2**20
+
+        found = rates({"epoch": ours, "plain GETs": plain}, rounds=5)
+    ratios = [a / b for a, b in zip(found["epoch"], found["plain GETs"], strict=True)]
+    return {"MiB/s": median_of(found), "ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def nodes(folder: Path) -> dict[str, Any]:
+    """Bytes that 1, 2 and 4 nodes together fetch in each of three epochs, counted at the server, over those of the
+    data set (tars, indexes and columns). Shards of many sizes; a cache of its own for each node."""
+    counts = np.random.default_rng(0).integers(20, 60, 200)
+    write_dataset(str(folder / "latents"), 0, 0, counts.tolist())
+    found: dict[str, Any] = {"shards": len(counts), "samples": int(counts.sum())}
+    with s3_server(0):
+        sizes = upload(folder / "latents")
+        whole = sum(size for key, size in sizes.items() if key.startswith(("latents/", "columns/")))
+        proxy = ChaosProxy(os.environ["AWS_ENDPOINT_URL"])
+        os.environ["AWS_ENDPOINT_URL"] = proxy.endpoint
+        for world in (1, 2, 4):
+            with tempfile.TemporaryDirectory() as caches:
+                each = [
+                    LatentDataset("s3://bucket", global_batch_size=64, cache=Cache(folder=Path(caches, str(rank))))
+                    for rank in range(world)
+                ]
+                shares, step = [], 0
+                for epoch in range(1, 4):
+                    before = proxy.counts["bytes_out"]
+                    while step * 64 < epoch * counts.sum():
+                        for rank, data in enumerate(each):
+                            data.batch(step, rank, world)
+                        step += 1
+                    shares.append(round((proxy.counts["bytes_out"] - before) / whole, 4))
+                found[f"{world} nodes"] = shares
+        proxy.stop()
+    return found
+
+
+def upload(folder: Path) -> dict[str, int]:
+    """Copies the files to an empty bucket. Returns their sizes by key."""
+    client, sizes = boto3.client("s3"), {}
+    client.create_bucket(Bucket="bucket")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        key = str(path.relative_to(folder))
+        client.upload_file(str(path), "bucket", key)
+        sizes[key] = path.stat().st_size
+    return sizes
+
+
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "memory": memory,
     "draw": draw,
     "resume": resume_,
     "shuffle": shuffle,
     "large": large,
+    "s3": s3,
+    "nodes": nodes,
 }
 
 

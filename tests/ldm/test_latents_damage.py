@@ -41,10 +41,12 @@ def test_a_remote_data_set_is_the_local_one(written, s3, tmp_path, monkeypatch):
         assert torch.equal(remote.batch(step).labels, local.batch(step).labels)
     assert len(list((tmp_path / "cache").glob("??/*"))) == 3 * len(COUNTS)
     assert not list((tmp_path / "cache" / "parts").iterdir())
-    storage.write_bytes(f"{s3}/latents/latents/shard-1.tar", b"x" * 100)
-    shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(ValueError, match=r"shard-1\.tar: has sha256 .*it is damaged"):
-        LatentDataset(f"{s3}/latents", global_batch_size=9).all()
+    whole = Path(url, "latents", "shard-1.tar").read_bytes()
+    for damaged, problem in ((b"x" * 100, "has 100 bytes, its manifest says"), (flip(whole), "has sha256")):
+        storage.write_bytes(f"{s3}/latents/latents/shard-1.tar", damaged)
+        shutil.rmtree(tmp_path / "cache")
+        with pytest.raises(ValueError, match=rf"shard-1\.tar: {problem} .*it is damaged"):
+            LatentDataset(f"{s3}/latents", global_batch_size=9).all()
 
 
 def test_a_pinned_generation_stays_when_shards_are_added(kl, tmp_path):
