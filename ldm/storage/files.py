@@ -14,6 +14,7 @@ from typing import Any, BinaryIO, Protocol
 import fsspec
 
 from ldm.storage.listing import exists, file_info
+from ldm.storage.ranges import read_range
 from ldm.storage.temporary import temporary_beside
 from ldm.storage.transport import ask, insist, is_local, local_path, s3_code
 
@@ -221,24 +222,36 @@ def fetch_known(url: str, target: Path, size: int, digest: Digest | None = None)
     """
     with _open_sized(target, size) as handle, ThreadPoolExecutor(_STREAMS) as pool:
 
-        def fetch_part(start: int) -> slice:
+        def fetch_part(start: int) -> slice | bytes | bytearray:
             end = min(start + PART, size)
 
-            def read(fs: fsspec.AbstractFileSystem, path: str) -> bytes:
-                data = bytes(fs.cat_file(path, start=start, end=end))
+            def read(fs: fsspec.AbstractFileSystem, path: str) -> bytes | bytearray:
+                data = read_range(fs, path, start, end)
                 if len(data) != end - start and file_info(url)[0] != size:
                     raise OSError(errno.EBUSY, f"does not have {size} bytes", url)  # nor will it at the next try
                 if len(data) != end - start:
                     raise OSError(errno.EIO, f"sent {len(data)} bytes of {end - start}")
                 return data
 
-            os.pwrite(handle.fileno(), ask(url, read), start)
-            return slice(start, end)
+            data = ask(url, read)
+            _write_at(handle, data, start)
+            # Of several parts not the bytes: those that wait for an earlier part would pile up in memory.
+            return data if size <= PART else slice(start, end)
 
         for part in pool.map(fetch_part, range(0, size, PART)):  # raises what a part raised
-            if digest is not None:
-                # Not the bytes that came: those that wait for an earlier part would pile up in memory.
+            if digest is None:
+                continue
+            if isinstance(part, slice):
                 digest.update(memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))[part])
+            else:
+                digest.update(part)
+
+
+def _write_at(handle: BinaryIO, data: bytes | bytearray, start: int) -> None:
+    rest = memoryview(data)
+    while rest:  # a disk that fills up takes a part first
+        count = os.pwrite(handle.fileno(), rest, start)
+        rest, start = rest[count:], start + count
 
 
 def _open_sized(target: Path, size: int) -> BinaryIO:
