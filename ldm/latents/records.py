@@ -250,11 +250,16 @@ class Records:
         fresh = np.flatnonzero(~held.arrays["checked"][places])
         for row in fresh:
             if zlib.crc32(memoryview(out[row])) != held.arrays["crcs"][places[row]]:
-                url = self.sources[source[row]].files(int(shards[row]))[-1].url
-                identity = held.arrays["ids"][places[row]]
-                raise DamagedError(f"{url}: the record of id {identity} does not have its crc32; it is damaged")
+                number, shard = int(source[row]), int(shards[row])
+                raise self._damaged(number, shard, int(places[row] - held.starts[number][shard]))
         if len(fresh):
             held.arrays["checked"][places[fresh]] = True
+
+    def _damaged(self, number: int, shard: int, index: int) -> DamagedError:
+        source = self.sources[number]
+        _, columns, tar = source.files(shard)
+        key = from_parquet(self._read(columns), ["key"])["key"][source.record(shard, index)]
+        return DamagedError(f"{tar.url}: the record of {key} does not have its crc32; it is damaged")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm import storage
-from ldm.config import RequestError
+from ldm.config import DamagedError, RequestError
 from ldm.images import PictureRules
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import (
@@ -19,6 +19,7 @@ from ldm.latents.manifest import (
     read_manifest,
     read_receipts,
 )
+from ldm.latents.writer import sample_id
 from tests.pictures import COUNTS, TOTAL, latent_dataset, some_fingerprint
 
 
@@ -97,6 +98,33 @@ def flip(data: bytes) -> bytes:
 def test_a_truncated_tar_is_refused(copy, change):
     damage(copy / "latents" / "shard-1.tar", change)
     with pytest.raises(ValueError, match=r"shard-1\.tar: has \d+ bytes, its manifest says \d+; it is damaged"):
+        LatentDataset(str(copy), global_batch_size=TOTAL).batch(0)
+
+
+@pytest.mark.parametrize("where", ["", "label > 0"])
+def test_a_flipped_bit_is_never_read(copy, where):
+    """In record 5 of shard-1, whose label is 2: the batch that has it is refused, each time, and the others are right."""
+    tar = copy / "latents" / "shard-1.tar"
+    offset = pq.read_table(copy / "latents" / "shard-1.index.parquet")["offset"][5].as_py() + 17
+    damage(tar, lambda data: data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
+    data, identity, refused = (
+        LatentDataset(str(copy), global_batch_size=1, where=where),
+        sample_id("shard-1", "00005"),
+        0,
+    )
+    for step in range(2 * data.num_samples):
+        try:
+            assert data.batch(step).ids.tolist() != [identity]
+        except DamagedError as error:
+            assert str(error) == f"{tar}: the record of 00005 does not have its crc32; it is damaged"
+            refused += 1
+    assert refused == 2
+
+
+@pytest.mark.parametrize("name", ["latents/shard-1.tar", "latents/shard-1.index.parquet", "columns/shard-1.parquet"])
+def test_a_missing_file_is_named(copy, name):
+    (copy / name).unlink()
+    with pytest.raises(DamagedError, match=rf"{name}: is missing"):
         LatentDataset(str(copy), global_batch_size=TOTAL).batch(0)
 
 
