@@ -103,7 +103,7 @@ def test_a_truncated_tar_is_refused(copy, change):
 
 @pytest.mark.parametrize("where", ["", "label > 0"])
 def test_a_flipped_bit_is_never_read(copy, where):
-    """In record 5 of shard-1, whose label is 2: the batch that has it is refused, each time, and the others are right."""
+    """In record 5 of shard-1, whose label is 2: the batch that has it is refused each time, others are right."""
     tar = copy / "latents" / "shard-1.tar"
     offset = pq.read_table(copy / "latents" / "shard-1.index.parquet")["offset"][5].as_py() + 17
     damage(tar, lambda data: data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
