@@ -106,5 +106,7 @@ def test_convert(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert read_manifest("latents").generation == report["generation"] != before
     assert read_manifest("latents").conditioning.num_classes == 10
     assert run("verify latents", capsys)[0] == 0
-    with pytest.raises(ValueError, match="holds the shapes"):  # two sizes: what this data set is for
-        LatentDataset("latents", global_batch_size=1)
+    data = LatentDataset("latents", global_batch_size=1)  # of two sizes, and four records of one picture
+    epoch = [data.batch(step) for step in range(44)]
+    assert len({batch.moments.shape for batch in epoch}) == 2 == len(data.record_shapes)
+    assert sorted(int(batch.labels) for batch in epoch).count(9) == 4
