@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldm import storage
-from ldm.config import RequestError, differences
+from ldm.config import RequestError, differences, validate
 from ldm.latents.choice import ids_hash, read_ids
 from pipelines.train.config import TrainConfig, trajectory
 
@@ -46,7 +46,9 @@ def read_record(config: TrainConfig, checkpoint: str | None) -> RunRecord | None
         )
     exclusions = {int(step): name for step, name in values.pop("exclusions").items()}
     record = RunRecord(**{**values, "generations": tuple(values["generations"])}, exclusions=exclusions)
-    changed = differences(record.trajectory, trajectory(config))
+    # With the defaults of keys that are newer than the run.
+    began = validate(TrainConfig, {"latents": config.latents, "output": config.output, **record.trajectory})
+    changed = differences(trajectory(began), trajectory(config))
     if changed and config.resume != "never":
         raise RequestError(
             f"output={config.output}: holds a run with other settings ({'; '.join(changed)}); "
