@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ldm.config import Config, RequestError
 
-
 Counts = tuple[Annotated[int, Field(ge=1)], ...]
 
 
