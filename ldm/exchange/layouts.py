@@ -99,7 +99,7 @@ def to_theirs(ours: Mapping[str, Tensor], layout: Layout, patch_size: int) -> di
 def repeat_embeddings(theirs: dict[str, Tensor], depth: int) -> dict[str, Tensor]:
     """diffusers has the embeddings of timestep and class in each block: those of block 0 in all."""
     first = {key: value for key, value in theirs.items() if key.startswith("transformer_blocks.0.norm1.emb.")}
-    again = {key.replace(".0.", f".{i}.", 1): value for i in range(1, depth) for key, value in first.items()}
+    again = {key.replace(".0.", f".{i}.", 1): value.clone() for i in range(1, depth) for key, value in first.items()}
     return theirs | again
 
 

@@ -4,6 +4,7 @@ Files of others are not trusted: JSON and safetensors, and `.pt` through torch's
 of what a file says.
 """
 
+import re
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def import_model(config: ImportConfig, dry_run: bool = False) -> ImportReport:
             model, vae_folder = _read(config, Path(temporary))
             model.check()
         except RequestError as error:
-            if str(error).split(":")[0] in ImportConfig.model_fields:
+            if re.split("[:=]", str(error))[0] in ImportConfig.model_fields:
                 raise
             raise RequestError(f"from={config.source}: {error}") from None
         autoencoder = _load_autoencoder(config, vae_folder)
