@@ -21,7 +21,8 @@ def dry_run(config: Config) -> str:
         f"train {todo.parameters / 1e6:.1f} M parameters on {todo.num_samples:,} samples "
         f"(generation {todo.generation}) to step {config.max_steps:,} ({epochs:.1f} epochs), "
         f"{config.num_workers} workers, ZeRO-{config.zero_stage}, {config.precision}, "
-        f"from {todo.checkpoint or 'fresh weights'}, writes up to {storage.readable(todo.output_bytes)}"
+        f"from {todo.checkpoint or config.init_from or 'fresh weights'}, "
+        f"writes up to {storage.readable(todo.output_bytes)}" + "".join(f"\ninit_from: {note}" for note in todo.notes)
     )
 
 

@@ -20,6 +20,7 @@ from ldm.denoiser import build_denoiser
 from ldm.diffusion import Diffusion
 from ldm.latents.dataset import LatentBatch, LatentDataset, draw_latents
 from ldm.snapshot import read_snapshot, write_snapshot
+from ldm.transfer import initial_weights
 from pipelines import cluster
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
@@ -140,8 +141,8 @@ class Worker:
             seed=config.seed,
         )
         if config.init_from and newest_checkpoint(config.output) is None:
-            weights = read_snapshot(config.init_from, "init_from").load_denoiser(denoiser_type=config.denoiser.type)
-            denoiser.load_state_dict(weights.state_dict())
+            snapshot = read_snapshot(config.init_from, "init_from")
+            denoiser.load_state_dict(initial_weights(snapshot, config.denoiser, denoiser))
         settings = zero.deepspeed_config(
             stage=config.zero_stage,
             precision=config.precision,

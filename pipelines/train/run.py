@@ -10,10 +10,11 @@ import torch
 
 from ldm import storage
 from ldm.config import RequestError, differences
-from ldm.denoiser import build_denoiser
+from ldm.denoiser import DenoiserConfig, build_denoiser
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import Manifest, fingerprint_hash
 from ldm.snapshot import read_snapshot
+from ldm.transfer import check_fit
 from pipelines import cluster, lineage
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker
@@ -49,6 +50,7 @@ class TrainPlan:
     output_bytes: int  # that the rest of the run adds at most
     checkpoint: str | None
     record: dict[str, Any] | None  # of the run that goes on
+    notes: tuple[str, ...] = ()  # what changes on the way from the snapshot of init_from
 
     @property
     def generation(self) -> str:
@@ -79,15 +81,17 @@ def plan(config: TrainConfig) -> TrainPlan:
             sample_size=dataset.latent_shape[1:],
             num_classes=dataset.num_classes or None,
         )
+    notes: tuple[str, ...] = ()
     if config.init_from and checkpoint is None:
-        _check_init_from(config, dataset)
+        snapshot = read_snapshot(config.init_from, "init_from")
+        notes = check_fit(snapshot, config.denoiser, dataset.latent_shape, dataset.num_classes)
     if config.resume == "required" and checkpoint is None:
         raise RequestError(f"resume=required: {config.output} holds no checkpoint; give resume=auto to begin")
     if config.resume == "never" and checkpoint:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
     output_bytes = check_space(config, parameters)
-    return TrainPlan(dataset.manifest, dataset.num_samples, parameters, output_bytes, checkpoint, record)
+    return TrainPlan(dataset.manifest, dataset.num_samples, parameters, output_bytes, checkpoint, record, notes)
 
 
 def train(config: TrainConfig) -> TrainReport:
@@ -119,6 +123,8 @@ def train(config: TrainConfig) -> TrainReport:
         tracker.dataset(lineage.latent_dataset(todo.manifest), "training")
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {todo.num_samples:,} samples")
+        for note in todo.notes:
+            say(f"train: init_from: {note}")
         result = _run_workers(config, todo, tracker.run_id)
         tracker.model(read_snapshot(result["snapshot"]))
     return TrainReport(**result, run_id=tracker.run_id)
@@ -155,21 +161,6 @@ def _check_batch(config: TrainConfig) -> None:
         )
 
 
-def _check_init_from(config: TrainConfig, dataset: LatentDataset) -> None:
-    """Raises RequestError where the snapshot's weights do not fit the denoiser that is asked for."""
-    snapshot = read_snapshot(str(config.init_from), "init_from")
-    asked = config.denoiser.model_dump(mode="json", exclude={"label_dropout"})
-    found = {key: snapshot.denoiser.get(key) for key in asked}
-    if found["type"] == "custom":
-        found["type"] = asked["type"] if asked["type"] != "dit" else "custom"
-    lines = differences(
-        {**found, "latent_shape": list(snapshot.latent_shape), "num_classes": snapshot.conditioning.num_classes},
-        {**asked, "latent_shape": list(dataset.latent_shape), "num_classes": dataset.num_classes},
-    )
-    if lines:
-        raise RequestError(f"init_from={config.init_from}: does not fit this run ({'; '.join(lines)})")
-
-
 def _read_record(config: TrainConfig, checkpoint: str | None) -> dict[str, Any] | None:
     """What the run in `output` began with; None where it never came to a checkpoint, and so binds nobody.
 
@@ -179,13 +170,18 @@ def _read_record(config: TrainConfig, checkpoint: str | None) -> dict[str, Any] 
     if checkpoint is None or not storage.exists(url):
         return None
     record: dict[str, Any] = storage.read_json(url)
-    changed = differences(record["trajectory"], trajectory(config))
+    changed = differences(_with_newer_options(record["trajectory"]), trajectory(config))
     if changed and config.resume != "never":
         raise RequestError(
             f"output={config.output}: holds a run with other settings ({'; '.join(changed)}); "
             "give another output, or the settings that it began with"
         )
     return record
+
+
+def _with_newer_options(began: dict[str, Any]) -> dict[str, Any]:
+    """What a run began with, with the defaults of the denoiser's options that did not exist then."""
+    return began | {"denoiser": DenoiserConfig().model_dump(mode="json") | began["denoiser"]}
 
 
 def _write_record(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> None:
