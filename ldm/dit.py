@@ -146,9 +146,9 @@ class Block(nn.Module):
         self.norm2 = _norm(config, eps=config.mlp_norm_eps)
         self.mlp = _mlp(config)
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
-        head_size = hidden_size // config.num_heads
-        self.q_norm = nn.RMSNorm(head_size, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(head_size, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(hidden_size // config.num_heads, eps=1e-6) if config.qk_norm else None for _ in "qk"
+        )
 
     def forward(self, x: Tensor, condition: Tensor, rotations: Tensor | None = None) -> Tensor:
         """x (N, T, D), condition (N, D), rotations (2, T, d / 2) => (N, T, D)."""
@@ -160,7 +160,8 @@ class Block(nn.Module):
     def attend(self, x: Tensor, rotations: Tensor | None) -> Tensor:
         # (N, T, 3 * D) => three of (N, heads, T, d)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        q, k = self.q_norm(q), self.k_norm(k)
+        if self.q_norm is not None and self.k_norm is not None:  # in fp32, also under autocast
+            q, k = self.q_norm(q.float()), self.k_norm(k.float())
         if rotations is not None:
             q, k = rotate(q, rotations), rotate(k, rotations)
         # On the CPU too: with batched matmuls instead, forward and backward of the whole model took 0.96 to
