@@ -14,15 +14,15 @@ Counts = tuple[Annotated[int, Field(ge=1)], ...]
 
 
 class UNetConfig(Config):
-    """How large a U-Net, in the terms of LDM. The defaults are near LDM-4 of its class-conditional ImageNet."""
+    """How large a U-Net, in the terms of LDM. The defaults are LDM-8 of its class-conditional ImageNet."""
 
-    model_channels: int = Field(192, ge=1, description="channels of the first level")
+    model_channels: int = Field(256, ge=1, description="channels of the first level")
     channel_multipliers: Counts = Field(
-        (1, 2, 3, 5), min_length=1, description="channels of each level over model_channels; each but the last halves"
+        (1, 2, 4), min_length=1, description="channels of each level over model_channels; each but the last halves"
     )
     num_res_blocks: int = Field(2, ge=1, description="residual blocks of a level, going down; one more going up")
     attention_resolutions: Counts = Field(
-        (2, 4, 8), description="downsampling factors of the levels that attend, powers of 2; the middle always attends"
+        (1, 2, 4), description="downsampling factors of the levels that attend, powers of 2; the middle always attends"
     )
     head_channels: int = Field(32, ge=1, description="channels of an attention head; divides those of its level")
     norm_groups: int = Field(32, ge=1, description="groups of the group norms; divides model_channels")
