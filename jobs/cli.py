@@ -169,10 +169,11 @@ def show_report(report: Any, as_json: bool, show: Callable[[Any], str] | None = 
 
 
 def show_values(values: dict[str, Any]) -> None:
-    """A report as a table for a person."""
+    """A report as a table for a person, who has been told its notes already."""
+    values = {key: value for key, value in values.items() if key != "notes"}
     width = max(map(len, values))
     for key, value in values.items():
-        print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list) else value}")
+        print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list | tuple) else value}")
 
 
 class Parser(argparse.ArgumentParser):

@@ -23,34 +23,34 @@ from ldm.snapshot import Snapshot, read_snapshot
 HIDDEN, HEADS, DEPTH, PATCH, SIZE, CLASSES = 32, 2, 2, 2, 4, 10
 
 
-def checkpoint(outputs: int = 8, seed: int = 0) -> dict[str, Tensor]:
+def checkpoint(outputs: int = 8, seed: int = 0, hidden_size: int = HIDDEN) -> dict[str, Tensor]:
     """Random weights by the names of that model; `outputs` channels, 8 with a learned sigma."""
-    generator = torch.Generator().manual_seed(seed)
+    d, generator = hidden_size, torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {
-        "x_embedder.proj.weight": (HIDDEN, 4, PATCH, PATCH),
-        "t_embedder.mlp.0.weight": (HIDDEN, 256),
-        "t_embedder.mlp.2.weight": (HIDDEN, HIDDEN),
-        "y_embedder.embedding_table.weight": (CLASSES + 1, HIDDEN),
-        "final_layer.linear.weight": (PATCH * PATCH * outputs, HIDDEN),
-        "final_layer.adaLN_modulation.1.weight": (2 * HIDDEN, HIDDEN),
+        "x_embedder.proj.weight": (d, 4, PATCH, PATCH),
+        "t_embedder.mlp.0.weight": (d, 256),
+        "t_embedder.mlp.2.weight": (d, d),
+        "y_embedder.embedding_table.weight": (CLASSES + 1, d),
+        "final_layer.linear.weight": (PATCH * PATCH * outputs, d),
+        "final_layer.adaLN_modulation.1.weight": (2 * d, d),
     }
     for i in range(DEPTH):
         shapes |= {
-            f"blocks.{i}.attn.qkv.weight": (3 * HIDDEN, HIDDEN),
-            f"blocks.{i}.attn.proj.weight": (HIDDEN, HIDDEN),
-            f"blocks.{i}.mlp.fc1.weight": (4 * HIDDEN, HIDDEN),
-            f"blocks.{i}.mlp.fc2.weight": (HIDDEN, 4 * HIDDEN),
-            f"blocks.{i}.adaLN_modulation.1.weight": (6 * HIDDEN, HIDDEN),
+            f"blocks.{i}.attn.qkv.weight": (3 * d, d),
+            f"blocks.{i}.attn.proj.weight": (d, d),
+            f"blocks.{i}.mlp.fc1.weight": (4 * d, d),
+            f"blocks.{i}.mlp.fc2.weight": (d, 4 * d),
+            f"blocks.{i}.adaLN_modulation.1.weight": (6 * d, d),
         }
     for name in [name for name in shapes if "embedding_table" not in name]:
         shapes[name.replace(".weight", ".bias")] = shapes[name][:1]
     weights = {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return weights | {"pos_embed": sine_cosine()}
+    return weights | {"pos_embed": sine_cosine(d)}
 
 
-def sine_cosine() -> Tensor:
-    """pos_embed (1, T, HIDDEN): of each patch the sines and cosines of its column, then of its row."""
-    omega = 10000.0 ** -(np.arange(HIDDEN // 4) / (HIDDEN // 4))
+def sine_cosine(d: int) -> Tensor:
+    """pos_embed (1, T, d): of each patch the sines and cosines of its column, then of its row."""
+    omega = 10000.0 ** -(np.arange(d // 4) / (d // 4))
     rows = [
         [wave for place in (column, row) for wave in (*np.sin(place * omega), *np.cos(place * omega))]
         for row in range(SIZE // PATCH)
