@@ -119,4 +119,7 @@ def drop_repeated_embeddings(theirs: Mapping[str, Tensor], depth: int) -> dict[s
 def _take(tensors: dict[str, Tensor], name: str) -> Tensor:
     if name not in tensors:
         raise RequestError(f"holds no {name}, as a DiT has")
-    return tensors.pop(name)
+    tensor = tensors.pop(name)
+    if not tensor.is_floating_point() or tensor.layout != torch.strided:
+        raise RequestError(f"holds {name} as {tensor.dtype} ({tensor.layout}), expected plain floating-point numbers")
+    return tensor

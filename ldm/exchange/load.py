@@ -4,6 +4,7 @@ Files of others are not trusted: JSON and safetensors, and `.pt` through torch's
 of what a file says.
 """
 
+import math
 import re
 import tempfile
 from dataclasses import dataclass, replace
@@ -70,6 +71,9 @@ def import_model(config: ImportConfig, dry_run: bool = False) -> ImportReport:
                 raise
             raise RequestError(f"from={config.source}: {error}") from None
         autoencoder = _load_autoencoder(config, vae_folder)
+        factor = autoencoder.config.get("scaling_factor")
+        if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+            raise RequestError(f"from={config.source}: its autoencoder's scaling_factor={factor}: must be above 0")
         if autoencoder.latent_channels != model.latent_shape[0]:
             raise RequestError(
                 f"from={config.source}: is of latents of {model.latent_shape[0]} channels, "

@@ -83,7 +83,9 @@ def _weights(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("ema"), dict):
         checkpoint = checkpoint["ema"]
         notes.append("the checkpoint's EMA weights are taken")
-    if not isinstance(checkpoint, dict) or not all(isinstance(value, Tensor) for value in checkpoint.values()):
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint.items()
+    ):
         raise RequestError("holds no table of weights by name")
     return dict(checkpoint), notes
 

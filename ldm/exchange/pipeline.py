@@ -34,12 +34,12 @@ class TransformerConfig(Config):
 
     model_config = ConfigDict(extra="ignore")
 
-    num_attention_heads: int = Field(16, ge=1, description="heads")
-    attention_head_dim: int = Field(72, ge=1, description="width of a head")
+    num_attention_heads: int = Field(16, ge=1, le=1024, description="heads")
+    attention_head_dim: int = Field(72, ge=1, le=1024, description="width of a head")
     in_channels: int = Field(4, ge=1, description="C")
     out_channels: int | None = Field(None, ge=1, description="C, or 2C with a learned sigma")
-    num_layers: int = Field(28, ge=1, description="blocks")
-    sample_size: int = Field(32, ge=1, description="side of the latents")
+    num_layers: int = Field(28, ge=1, le=1024, description="blocks")
+    sample_size: int = Field(32, ge=1, le=1024, description="side of the latents")
     patch_size: int = Field(2, ge=1, description="latent pixels")
     norm_eps: float = Field(1e-5, gt=0, description="of the norm before the MLP")
     norm_type: Literal["ada_norm_zero"] = Field("ada_norm_zero", description="adaLN-zero")

@@ -93,6 +93,18 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         lambda f: replace_weights(f, lambda w: w["proj_out_2.bias"].fill_(float("nan"))),
         "holds final.linear.bias with values that are not finite",
     ),
+    "no numbers": (
+        lambda f: replace_weights(f, lambda w: w.update({"proj_out_2.bias": w["proj_out_2.bias"].int()})),
+        "holds proj_out_2.bias as torch.int32",
+    ),
+    "a size beyond reason": (
+        lambda f: edit(f / "transformer/config.json", num_layers=10**9),
+        "num_layers=1000000000: input should be less than or equal to 1024",
+    ),
+    "a factor of 0": (
+        lambda f: edit(f / "vae/config.json", scaling_factor=0),
+        "its autoencoder's scaling_factor=0: must be above 0",
+    ),
     "an unknown schedule": (
         lambda f: edit(f / "scheduler/scheduler_config.json", beta_schedule="sigmoid"),
         "scheduler/scheduler_config.json: beta_schedule=sigmoid",
@@ -154,11 +166,26 @@ def test_weights_put_in_an_export_are_read_as_of_theirs(snapshot, kl):
     assert any(note.startswith("ldm.json is of other weights") for note in report.notes)
 
 
-def test_a_damaged_side_file_is_one_line(snapshot):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"conditioning": {"type": "class", "num_classes": "many"}},
+        {"conditioning": {"type": "class", "num_classes": -5}},
+        {"conditioning": {"type": "class", "num_classes": 3, "names": ["one"]}},
+        {"pictures": {"size": 8}},
+        {"diffusion": {"schedule": "sigmoid"}},
+        {"step": -1},
+        {"more": 1},
+        {"version": 2},
+    ],
+    ids=str,
+)
+def test_a_damaged_side_file_is_one_line(snapshot, changes):
     folder = exported(snapshot)
-    edit(folder / "ldm.json", conditioning={"type": "class", "num_classes": "many"})
-    with pytest.raises(RequestError, match=r"^from=.*: ldm\.json: conditioning"):
+    edit(folder / "ldm.json", **changes)
+    with pytest.raises(RequestError, match=rf"^from=.*: ldm\.json: {next(iter(changes))}") as caught:
         imported(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_an_inexact_export_says_so(snapshot):
