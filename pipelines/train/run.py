@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ldm import storage
-from ldm.config import RequestError, differences
-from ldm.denoiser import DenoiserConfig, build_denoiser
+from ldm.config import RequestError, differences, validate
+from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import Manifest, fingerprint_hash
 from ldm.snapshot import read_snapshot
@@ -170,18 +170,15 @@ def _read_record(config: TrainConfig, checkpoint: str | None) -> dict[str, Any] 
     if checkpoint is None or not storage.exists(url):
         return None
     record: dict[str, Any] = storage.read_json(url)
-    changed = differences(_with_newer_options(record["trajectory"]), trajectory(config))
+    # What the run began with, with the defaults of keys that are newer than it.
+    began = validate(TrainConfig, {"latents": config.latents, "output": config.output, **record["trajectory"]})
+    changed = differences(trajectory(began), trajectory(config))
     if changed and config.resume != "never":
         raise RequestError(
             f"output={config.output}: holds a run with other settings ({'; '.join(changed)}); "
             "give another output, or the settings that it began with"
         )
     return record
-
-
-def _with_newer_options(began: dict[str, Any]) -> dict[str, Any]:
-    """What a run began with, with the defaults of the denoiser's options that did not exist then."""
-    return began | {"denoiser": DenoiserConfig().model_dump(mode="json") | began["denoiser"]}
 
 
 def _write_record(config: TrainConfig, todo: TrainPlan, run_id: str | None) -> None:
