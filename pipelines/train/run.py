@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ldm import storage
-from ldm.config import RequestError, differences
+from ldm.config import RequestError, differences, validate
 from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import Manifest, fingerprint_hash
@@ -179,7 +179,9 @@ def _read_record(config: TrainConfig, checkpoint: str | None) -> dict[str, Any] 
     if checkpoint is None or not storage.exists(url):
         return None
     record: dict[str, Any] = storage.read_json(url)
-    changed = differences(record["trajectory"], trajectory(config))
+    # What the run began with, with the defaults of keys that are newer than it.
+    began = validate(TrainConfig, {"latents": config.latents, "output": config.output, **record["trajectory"]})
+    changed = differences(trajectory(began), trajectory(config))
     if changed and config.resume != "never":
         raise RequestError(
             f"output={config.output}: holds a run with other settings ({'; '.join(changed)}); "

@@ -9,8 +9,10 @@ from PIL import Image
 
 from ldm import storage
 from ldm.config import RequestError, parse
+from ldm.drawing import load_sampler
 from ldm.latents.manifest import Conditioning
-from ldm.sampling import SampleConfig, load_sampler, resolve_labels, sample
+from ldm.plan import SamplerConfig, make_plan
+from ldm.sampling import SampleConfig, resolve_labels, sample
 from tests.pictures import FRUIT, write_tiny_snapshot
 
 
@@ -32,13 +34,14 @@ LABELS = torch.arange(12) % 3
 
 @pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"guidance_scale": 3.0}, {"eta": 0.5, "guidance_scale": 0.0}])
 def test_a_picture_does_not_depend_on_its_neighbours(sampler, options):
-    whole = sampler.draw(LABELS, SEEDS, num_inference_steps=4, **options)
+    settings = SamplerConfig(num_inference_steps=4, **options)
+    whole = sampler.draw(LABELS, SEEDS, settings)
     assert whole.shape == (12, 3, 8, 8) and whole.dtype == torch.uint8
     for i in (0, 5, 11):
-        alone = sampler.draw(LABELS[i : i + 1], SEEDS[i : i + 1], num_inference_steps=4, **options)
+        alone = sampler.draw(LABELS[i : i + 1], SEEDS[i : i + 1], settings)
         assert torch.equal(alone[0], whole[i])
     order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(sampler.draw(LABELS[order], SEEDS[order], num_inference_steps=4, **options), whole[order])
+    assert torch.equal(sampler.draw(LABELS[order], SEEDS[order], settings), whole[order])
 
 
 def test_seed_label_and_settings_each_change_the_picture(sampler):
@@ -49,21 +52,31 @@ def test_seed_label_and_settings_each_change_the_picture(sampler):
         {"seeds": torch.tensor([6])},
         {"num_inference_steps": 5},
         {"eta": 1.0},
+        {"eta": "sigma_hat"},
+        {"sampler": "dpmpp_2m"},
+        {"spacing": "leading"},
+        {"clip_x0": 0.5},
         {"guidance_scale": 4.0},
+        {"guidance_scale": 4.0, "guidance_interval": (0.3, 0.8)},
+        {"guidance_scale": 4.0, "guidance_rescale": 0.7},
     ]
-    pictures = {sampler.draw(**{**base, **change}).numpy().tobytes() for change in changes}
+    pictures = set()
+    for change in changes:
+        values = {**base, **change}
+        settings = SamplerConfig(**{key: value for key, value in values.items() if key not in ("labels", "seeds")})
+        pictures.add(sampler.draw(values["labels"], values["seeds"], settings).numpy().tobytes())
     assert len(pictures) == len(changes)
 
 
 def test_latents_are_brought_back_to_raw_before_decoding(sampler, monkeypatch):
     """decode() gets latents * std + mean: with a denoiser that answers v = 0 they are known in closed form."""
-    from ldm.sampler import ddim, initial_noise, make_plan
+    from ldm.sampler import initial_noise, sample_latents
 
     monkeypatch.setattr(sampler, "denoiser", lambda x, t, labels: torch.zeros_like(x))
-    found = sampler.draw(LABELS[:2], SEEDS[:2], num_inference_steps=3)
+    found = sampler.draw(LABELS[:2], SEEDS[:2], SamplerConfig(num_inference_steps=3))
     seeds = torch.cat([SEEDS[:2], torch.zeros(6, dtype=torch.int64)])
-    plan = make_plan(sampler.diffusion, 3)
-    normalised = ddim(lambda x, t: torch.zeros_like(x), initial_noise(seeds, (4, 4, 4)), plan)
+    plan = make_plan(sampler.diffusion, SamplerConfig(num_inference_steps=3))
+    normalised = sample_latents(lambda x, t: torch.zeros_like(x), initial_noise(seeds, (4, 4, 4)), plan)
     mean = torch.tensor([0.1, 0.2, 0.3, 0.4])[:, None, None]
     std = torch.tensor([1.0, 2.0, 0.5, 1.5])[:, None, None]
     assert torch.equal(found, sampler.autoencoder.decode(normalised * std + mean)[:2])
@@ -71,7 +84,7 @@ def test_latents_are_brought_back_to_raw_before_decoding(sampler, monkeypatch):
 
 def test_progress_counts_pictures(sampler):
     done = []
-    sampler.draw(LABELS, SEEDS, num_inference_steps=1, progress=done.append)
+    sampler.draw(LABELS, SEEDS, SamplerConfig(num_inference_steps=1), progress=done.append)
     assert done == [8, 12]
 
 
@@ -125,7 +138,9 @@ def test_pictures_are_written(snapshot, sampler, place, tmp_path, request):
     assert (report.images, report.output, report.grid) == (11, output, f"{output}/grid.png")
     assert report.images_per_second > 0
     assert storage.list_dir(output) == [*(f"{i:06d}.png" for i in range(11)), "grid.png"]
-    expected = sampler.draw(torch.ones(11, dtype=torch.int64), torch.arange(100, 111), num_inference_steps=3).numpy()
+    expected = sampler.draw(
+        torch.ones(11, dtype=torch.int64), torch.arange(100, 111), SamplerConfig(num_inference_steps=3)
+    ).numpy()
     for i in range(11):
         image = Image.open(io.BytesIO(storage.read_bytes(f"{output}/{i:06d}.png")))
         assert image.mode == "RGB" and np.array_equal(np.asarray(image).transpose(2, 0, 1), expected[i])
