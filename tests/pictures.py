@@ -147,6 +147,7 @@ def latent_dataset(
     return commit_generation(url, receipts, fingerprint, autoencoder.latent_channels, autoencoder.factor), content
 
 
+COSINE_V = DiffusionConfig(schedule="cosine", prediction_type="v_prediction")
 TINY_DIT = DenoiserConfig(hidden_size=16, depth=1, num_heads=2, patch_size=2)
 FRUIT = Conditioning("class", 3, ("apple", "pear", "plum"))
 
@@ -158,6 +159,7 @@ def write_tiny_snapshot(
     *,
     denoiser_config: DenoiserConfig = TINY_DIT,
     conditioning: Conditioning = FRUIT,
+    diffusion_config: DiffusionConfig = COSINE_V,
 ) -> None:
     """A snapshot of a random denoiser for latents (4, 4, 4), pictures of 8 pixels with a factor of 2."""
     denoiser = build_denoiser(
@@ -169,7 +171,7 @@ def write_tiny_snapshot(
         url,
         weights,
         denoiser_config=denoiser_config,
-        diffusion_config=DiffusionConfig(schedule="cosine", prediction_type="v_prediction"),
+        diffusion_config=diffusion_config,
         statistics=Statistics((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 0.5, 1.5)),
         conditioning=conditioning,
         latent_shape=(4, 4, 4),
