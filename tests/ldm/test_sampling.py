@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from ldm import images, storage
+from ldm.autoencoder import load_autoencoder
 from ldm.config import RequestError, parse, validate
 from ldm.diffusion import DiffusionConfig
 from ldm.drawing import load_sampler
@@ -302,6 +303,16 @@ def test_a_flow_snapshot_samples_and_edits(kl, kl_folder, files, tmp_path, sampl
     assert found.shape == (3, 3, 8, 8)
     with pytest.raises(RequestError, match="^sampler=ddim: .*this model is a flow: use euler or heun"):
         drawn(url, tmp_path / "c", sampler="ddim")
+
+
+def test_pixel_diffusion_is_the_same_pipeline(files, tmp_path):
+    identity, place = load_autoencoder("identity"), str(tmp_path / "identity")
+    identity.save(place)
+    url = str(tmp_path / "snapshot")
+    write_tiny_snapshot(url, identity, place, latent_shape=(3, 8, 8))
+    assert drawn(url, tmp_path / "a", num_images=2).shape == (2, 3, 8, 8)
+    found = drawn(url, tmp_path / "b", task="reconstruct", pictures=f"{files}/pictures", num_inference_steps=100)
+    assert (found.float() - given(files)).abs().mean() < 6  # no autoencoder loses anything
 
 
 def test_an_unconditional_model_samples_and_cannot_be_guided(kl, kl_folder, tmp_path):
