@@ -198,7 +198,7 @@ def _stage_help(verb: str, model: type[Config]) -> str:
         STAGES[verb][0].upper() + STAGES[verb][1:] + ".",
         "",
     ]
-    for key, kind, default, description, _ in fields(model):
+    for key, kind, default, description, _ in sorted(fields(model), key=lambda row: row[2] != "required"):
         lines.append(f"  {key}  ({kind}; {default if default == 'required' else f'default {default}'})")
         lines += textwrap.wrap(description, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

@@ -137,7 +137,7 @@ def _with_absolute_locations(config: Config) -> Config:
 
 def _absolute(text: str, key: str) -> str:
     """A relative path made absolute, of a comma set each one; URLs as they stand."""
-    parts = storage.split_commas(text) if key in ("source", "reference") else [text]
+    parts = storage.split_commas(text) if key in ("source", "reference", "pictures") else [text]
     return ",".join(storage.absolute(part) for part in parts)
 
 
