@@ -209,7 +209,7 @@ def _stage_help(verb: str, model: type[Config], main_key: str | None) -> str:
         purpose[0].upper() + purpose[1:],
         "",
     ]
-    for key, kind, default, description, _ in fields(model):
+    for key, kind, default, description, _ in sorted(fields(model), key=lambda row: row[2] != "required"):
         lines.append(f"  {key}  ({kind}; {default if default == 'required' else f'default {default}'})")
         lines += textwrap.wrap(description, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

@@ -23,7 +23,7 @@ def normalized(autoencoder: Autoencoder, statistics: Statistics) -> nn.Module:
     """
     model = copy.deepcopy(autoencoder.model).cpu().float()
     mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
-    if (mean == 0).all() and (std == std[0]).all():
+    if (mean == 0).all() and (std == std[0]).all() and hasattr(model, "register_to_config"):
         _register(model, scaling_factor=1 / statistics.std[0], shift_factor=None)
         return model
     if autoencoder.class_name != "AutoencoderKL":

@@ -11,7 +11,7 @@ from pydantic import ConfigDict, Field
 from torch import Tensor
 
 from ldm import storage
-from ldm.autoencoder import FILES, is_hub_id
+from ldm.autoencoder import FILES, is_name
 from ldm.config import C, Config, RequestError, validate
 from ldm.denoiser import DenoiserConfig
 from ldm.diffusion import DiffusionConfig
@@ -58,7 +58,7 @@ def fetch_pipeline(source: str, temporary: Path) -> Path:
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 storage.fetch(url, temporary / name)
         return temporary
-    if not is_hub_id(source):
+    if "/" not in source or not is_name(source):
         raise RequestError(f"holds no {INDEX}; give a folder of diffusers' DiTPipeline, its hub id, or a .pt file")
     import huggingface_hub
 

@@ -7,11 +7,11 @@ from pydantic import ConfigDict, Field
 
 from ldm.config import Config, RequestError, validate
 from ldm.diffusion import CONVENTIONAL_BETAS, DiffusionConfig, alphas_cumprod
-from ldm.sampler import make_plan
+from ldm.plan import SamplerConfig, make_plan
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 """diffusers' name => ours."""
-PREDICTIONS = ("epsilon", "v_prediction")
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
 def to_scheduler(diffusion: DiffusionConfig) -> dict[str, Any]:
@@ -22,9 +22,9 @@ def to_scheduler(diffusion: DiffusionConfig) -> dict[str, Any]:
     if diffusion.prediction_type not in PREDICTIONS:
         raise RequestError(
             f"to=diffusers: its DDIMScheduler cannot sample prediction_type={diffusion.prediction_type}, "
-            f"only {' and '.join(PREDICTIONS)}"
+            f"only {', '.join(PREDICTIONS)}"
         )
-    first_step = make_plan(diffusion, 1).timesteps[0]
+    first_step = make_plan(diffusion, SamplerConfig(num_inference_steps=1)).timesteps[0]
     return {
         "num_train_timesteps": diffusion.num_train_timesteps,
         **_betas(diffusion),
@@ -44,8 +44,10 @@ class SchedulerConfig(Config):
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = Field("linear", description="betas")
     beta_start: float = Field(0.0001, description="first beta")
     beta_end: float = Field(0.02, description="last beta")
-    prediction_type: Literal["epsilon", "v_prediction"] = Field("epsilon", description="what the denoiser predicts")
-    rescale_betas_zero_snr: Literal[False] = Field(False, description="not read")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] = Field(
+        "epsilon", description="what the denoiser predicts"
+    )
+    rescale_betas_zero_snr: bool = Field(False, description="whether T-1 is pure noise")
 
 
 def from_scheduler(values: dict[str, Any]) -> DiffusionConfig:
@@ -54,6 +56,7 @@ def from_scheduler(values: dict[str, Any]) -> DiffusionConfig:
         raise RequestError(f"trained_betas: gives betas one by one; only {', '.join(SCHEDULES)} are read")
     found = validate(SchedulerConfig, values)
     ours = found.model_dump(include={"num_train_timesteps", "prediction_type"})
+    ours["zero_terminal_snr"] = found.rescale_betas_zero_snr
     if (schedule := SCHEDULES[found.beta_schedule]) in CONVENTIONAL_BETAS:
         ours |= found.model_dump(include={"beta_start", "beta_end"})
     return validate(DiffusionConfig, {"schedule": schedule, **ours})
@@ -65,7 +68,7 @@ def _betas(diffusion: DiffusionConfig) -> dict[str, Any]:
 
     wanted = alphas_cumprod(diffusion)
     for name in (theirs for theirs, ours in SCHEDULES.items() if ours == diffusion.schedule):
-        named: dict[str, Any] = {"beta_schedule": name}
+        named: dict[str, Any] = {"beta_schedule": name, "rescale_betas_zero_snr": diffusion.zero_terminal_snr}
         if diffusion.schedule in CONVENTIONAL_BETAS:
             start, end = CONVENTIONAL_BETAS[diffusion.schedule]
             named |= {"beta_start": diffusion.beta_start or start, "beta_end": diffusion.beta_end or end}

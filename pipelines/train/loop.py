@@ -180,7 +180,7 @@ class Worker:
         seed, ids, epochs = self.config.seed, batch.ids.to(self.device), batch.epochs.to(self.device)
         latents = draw_latents(batch, self.dataset.statistics, seed, self.device)
         noise = random.normal(seed, "noise", ids, epochs, tuple(latents.shape[1:]))
-        t = random.uniform_integers(seed, "timestep", ids, epochs, self.config.diffusion.num_train_timesteps)
+        t = self.diffusion.draw_timesteps(seed, ids, epochs)
         labels = None
         if self.dataset.num_classes:
             dropped = random.uniform(seed, "label-dropout", ids, epochs) < self.config.denoiser.label_dropout

@@ -20,7 +20,8 @@ from ldm.exchange.first_stage import normalized
 from ldm.exchange.schedule import from_scheduler, to_scheduler
 from ldm.latents.manifest import Conditioning
 from ldm.latents.receipt import Statistics
-from ldm.sampler import ddim, guided, make_plan
+from ldm.plan import SamplerConfig, make_plan
+from ldm.sampler import guided, sample_latents
 from ldm.snapshot import Snapshot, read_snapshot
 from tests.ldm.exchanging import TINY, UNEVEN, WEIGHTS, exported, imported, inputs, their_folder, write
 from tests.pictures import kl_model, some_fingerprint, tiny_model
@@ -120,7 +121,8 @@ def test_the_null_class_is_number_1000_there(count):
 def our_pictures(snapshot: Snapshot, noise: Tensor, labels: list[int], steps: int, guidance: float) -> np.ndarray:
     """What our sampler draws from this noise: (N, 3, H, W) in 0..1, before rounding."""
     denoise = guided(snapshot.load_denoiser(), torch.tensor(labels), guidance, snapshot.conditioning.num_classes)
-    latents = ddim(denoise, noise, make_plan(snapshot.diffusion_config, steps))
+    plan = make_plan(snapshot.diffusion_config, SamplerConfig(num_inference_steps=steps))
+    latents = sample_latents(denoise, noise, plan)
     mean, std = (torch.tensor(v)[:, None, None] for v in (snapshot.statistics.mean, snapshot.statistics.std))
     with torch.no_grad():
         pixels = snapshot.load_autoencoder().model.decode(latents * std + mean).sample
@@ -142,8 +144,9 @@ def their_pictures(folder: Path, labels: list[int], steps: int, guidance: float)
         DiffusionConfig(schedule="scaled_linear", beta_end=0.013, prediction_type="v_prediction"),
         DiffusionConfig(schedule="cosine", prediction_type="v_prediction"),
         DiffusionConfig(schedule="cosine", num_train_timesteps=500),  # epsilon: starts below t = T-1
+        DiffusionConfig(zero_terminal_snr=True, prediction_type="sample"),
     ],
-    ids=["linear", "scaled_linear", "cosine", "cosine-epsilon"],
+    ids=["linear", "scaled_linear", "cosine", "cosine-epsilon", "zero-snr-sample"],
 )
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_the_pipeline_draws_our_pictures(kl, kl_folder, tmp_path, diffusion, guidance):
@@ -207,6 +210,7 @@ def test_a_tiny_autoencoder_takes_one_factor_and_no_more(tmp_path):
         DiffusionConfig(schedule="linear", beta_end=0.03, num_train_timesteps=400),
         DiffusionConfig(schedule="scaled_linear"),
         DiffusionConfig(schedule="cosine", prediction_type="v_prediction"),
+        DiffusionConfig(schedule="scaled_linear", zero_terminal_snr=True, prediction_type="sample"),
     ],
     ids=str,
 )
@@ -215,5 +219,5 @@ def test_the_schedule_goes_there_and_back(diffusion):
     expected = alphas_cumprod(diffusion)
     torch.testing.assert_close(scheduler.alphas_cumprod.double(), expected, rtol=1e-3, atol=1e-9)
     back = from_scheduler(dict(scheduler.config))
-    assert torch.equal(alphas_cumprod(back), expected)
+    torch.testing.assert_close(alphas_cumprod(back), expected, rtol=0, atol=0)
     assert back.prediction_type == diffusion.prediction_type

@@ -9,12 +9,15 @@ import safetensors.torch
 import torch
 from diffusers import DiTTransformer2DModel
 
+from ldm.autoencoder import load_autoencoder
 from ldm.config import RequestError
+from ldm.diffusion import DiffusionConfig
 from ldm.exchange import ExportConfig, ImportConfig, export, import_model
 from ldm.latents.manifest import Conditioning
+from ldm.latents.receipt import Statistics
 from ldm.snapshot import read_snapshot
 from tests.ldm.exchanging import WEIGHTS, edit, exported, imported, inputs, replace_weights, their_folder, write
-from tests.pictures import kl_model
+from tests.pictures import kl_model, some_fingerprint
 
 
 @pytest.fixture
@@ -36,6 +39,19 @@ def test_what_diffusers_has_no_model_for(snapshot, changes, message):
     with pytest.raises(RequestError, match=f"^{message}"):
         export(ExportConfig(snapshot=snapshot, to="diffusers", output=snapshot + "-x"))
     assert not Path(snapshot + "-x").exists()
+
+
+def test_flows_and_pixels_have_no_pipeline_there(kl, kl_folder, tmp_path):
+    url = write(tmp_path / "flow", kl, str(kl_folder), diffusion_config=DiffusionConfig(schedule="flow"))
+    with pytest.raises(RequestError, match="its DDIMScheduler cannot sample prediction_type=velocity, only epsilon"):
+        exported(url)
+    pixels = load_autoencoder("identity")
+    pixels.save(str(tmp_path / "identity"))
+    options = {"latent_shape": (3, 4, 4), "fingerprint": some_fingerprint(pixels, 4)}
+    even = Statistics((0.0,) * 3, (1.0,) * 3)
+    url = write(tmp_path / "pixels", pixels, str(tmp_path / "identity"), statistics=even, **options)
+    with pytest.raises(RequestError, match="an IdentityAutoencoder has no layer .* only an AutoencoderKL"):
+        exported(url)
 
 
 def test_latents_that_are_not_square(kl, kl_folder, tmp_path):
