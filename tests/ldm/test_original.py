@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from ldm.config import RequestError
@@ -17,7 +18,7 @@ from ldm.diffusion import DiffusionConfig
 from ldm.exchange import ImportConfig, ImportReport, import_model
 from ldm.latents.manifest import Conditioning
 from ldm.latents.receipt import Statistics
-from ldm.sampling import load_sampler
+from ldm.sampling import SampleConfig, sample
 from ldm.snapshot import Snapshot, read_snapshot
 
 HIDDEN, HEADS, DEPTH, PATCH, SIZE, CLASSES = 32, 2, 2, 2, 4, 10
@@ -126,10 +127,10 @@ def test_it_samples(kl_folder, tmp_path):
     names.write_text(str([f"class {i}" for i in range(CLASSES)]).replace("'", '"'))
     found, _ = imported(tmp_path / "DiT.pt", kl_folder, class_names=str(names))
     assert found.conditioning.names[3] == "class 3"
-    pictures = load_sampler(found.url, 2).draw(
-        torch.tensor([3, 4]), torch.tensor([0, 1]), num_inference_steps=4, guidance_scale=2.0
-    )
-    assert pictures.shape == (2, 3, 8, 8) and pictures.float().std() > 1
+    settings = {"num_images": 2, "num_inference_steps": 4, "guidance_scale": 2.0, "batch_size": 2}
+    sample(SampleConfig(snapshot=found.url, output=str(tmp_path), labels=("class 3", "4"), **settings))
+    picture = np.asarray(Image.open(tmp_path / "000000.png"))
+    assert picture.shape == (8, 8, 3) and picture.std() > 1
 
 
 def test_what_its_train_script_writes(kl_folder, tmp_path):
