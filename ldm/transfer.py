@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ldm.config import RequestError, differences
 from ldm.denoiser import BUILT_IN, DenoiserConfig
+from ldm.diffusion import DiffusionConfig
 from ldm.dit import DiTConfig
 from ldm.snapshot import Snapshot
 
@@ -22,7 +23,11 @@ _TIME_BIAS = {"dit": "timestep_embedding.out.bias", "unet": "unet.time_embedding
 
 
 def check_fit(
-    snapshot: Snapshot, config: DenoiserConfig, latent_shape: tuple[int, ...], num_classes: int
+    snapshot: Snapshot,
+    config: DenoiserConfig,
+    diffusion: DiffusionConfig,
+    latent_shape: tuple[int, ...],
+    num_classes: int,
 ) -> tuple[str, ...]:
     """What changes on the way from a snapshot to this denoiser, a line each.
 
@@ -43,7 +48,7 @@ def check_fit(
     was = fixed(found, snapshot.latent_shape, snapshot.conditioning.num_classes)
     if lines := differences(was, fixed(asked, latent_shape, num_classes)):
         raise RequestError(f"init_from={snapshot.url}: does not fit this run ({'; '.join(lines)})")
-    return tuple(_notes(snapshot, found, asked, latent_shape, num_classes))
+    return (*_diffusion_notes(snapshot, diffusion), *_notes(snapshot, found, asked, latent_shape, num_classes))
 
 
 def initial_weights(snapshot: Snapshot, config: DenoiserConfig, fresh: nn.Module) -> dict[str, Tensor]:
@@ -83,6 +88,13 @@ def _resize_head(old: Tensor, new: Tensor, pixels: int) -> Tensor:
 def _with_defaults(denoiser: dict[str, Any]) -> dict[str, Any]:
     """Of a snapshot, which may be older than an option."""
     return DenoiserConfig().model_dump(mode="json") | denoiser
+
+
+def _diffusion_notes(snapshot: Snapshot, diffusion: DiffusionConfig) -> Iterator[str]:
+    for key in ("schedule", "num_train_timesteps", "prediction_type"):
+        was, now = getattr(snapshot.diffusion_config, key), getattr(diffusion, key)
+        if was != now:
+            yield f"diffusion.{key} was {was} and is {now}: training has to make up for it"
 
 
 def _notes(

@@ -84,7 +84,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     notes: tuple[str, ...] = ()
     if config.init_from and checkpoint is None:
         snapshot = read_snapshot(config.init_from, "init_from")
-        notes = check_fit(snapshot, config.denoiser, dataset.latent_shape, dataset.num_classes)
+        notes = check_fit(snapshot, config.denoiser, config.diffusion, dataset.latent_shape, dataset.num_classes)
     if config.resume == "required" and checkpoint is None:
         raise RequestError(f"resume=required: {config.output} holds no checkpoint; give resume=auto to begin")
     if config.resume == "never" and checkpoint:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ldm.config import RequestError
 from ldm.denoiser import DenoiserConfig, build_denoiser
+from ldm.diffusion import DiffusionConfig
 from ldm.latents.manifest import Conditioning
 from ldm.snapshot import Snapshot, read_snapshot
 from ldm.transfer import check_fit, initial_weights
@@ -36,7 +37,7 @@ def snapshot(kl, kl_folder, tmp_path):
 
 def begun(snapshot: Snapshot, config: DenoiserConfig, classes: int, size: int = 4) -> tuple[nn.Module, tuple[str, ...]]:
     """The denoiser that a run begins with, and what is said."""
-    notes = check_fit(snapshot, config, (4, size, size), classes)
+    notes = check_fit(snapshot, config, DiffusionConfig(), (4, size, size), classes)
     denoiser = build_denoiser(config, in_channels=4, sample_size=(size, size), num_classes=classes or None, seed=9)
     denoiser.load_state_dict(initial_weights(snapshot, config, denoiser))
     return denoiser.eval(), notes
@@ -105,6 +106,14 @@ def test_what_training_makes_up_for(snapshot):
     assert notes == ("timestep_frequencies was paper and is diffusers: training has to make up for it",)
 
 
+def test_another_diffusion_is_said(snapshot):
+    asked = DiffusionConfig(schedule="cosine", prediction_type="v_prediction")
+    assert check_fit(snapshot(), DIT, asked, (4, 4, 4), 3) == (
+        "diffusion.schedule was linear and is cosine: training has to make up for it",
+        "diffusion.prediction_type was epsilon and is v_prediction: training has to make up for it",
+    )
+
+
 @pytest.mark.parametrize(
     ("config", "shape", "differs"),
     [
@@ -117,7 +126,7 @@ def test_what_training_makes_up_for(snapshot):
 def test_another_architecture_is_refused(snapshot, config, shape, differs):
     found = snapshot()
     with pytest.raises(RequestError, match=rf"^init_from={found.url}: does not fit this run \({differs}"):
-        check_fit(found, config, shape, 3)
+        check_fit(found, config, DiffusionConfig(), shape, 3)
 
 
 def test_a_class_of_the_users_own_must_be_as_it_was(snapshot, monkeypatch):
@@ -134,7 +143,7 @@ def test_a_class_of_the_users_own_must_be_as_it_was(snapshot, monkeypatch):
         (DIT, (4, 4, 4), 3),
     ]:
         with pytest.raises(RequestError, match="does not fit this run"):
-            check_fit(before, config, shape, classes)
+            check_fit(before, config, DiffusionConfig(), shape, classes)
 
 
 def test_a_snapshot_that_is_older_than_an_option(snapshot):
