@@ -17,8 +17,9 @@ from ldm.latents.receipt import Statistics
 
 
 def check_class(class_name: str, statistics: Statistics) -> None:
-    """Raises RequestError where an autoencoder has no layer to take in a mean and standard deviation of each channel."""
-    if class_name != "AutoencoderKL" and not _is_one_factor(statistics):
+    """Raises RequestError where an autoencoder has no layer for a mean and standard deviation of each channel."""
+    one_factor = class_name.startswith("Autoencoder") and _is_one_factor(statistics)
+    if class_name != "AutoencoderKL" and not one_factor:
         raise RequestError(
             f"to=diffusers: an {class_name} has no layer that could take in the mean and deviation of each "
             "latent channel, and DiTPipeline knows one scaling factor for all; only an AutoencoderKL can be exported"
