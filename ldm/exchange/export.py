@@ -22,7 +22,7 @@ from ldm.config import Config, Location, RequestError, validate
 from ldm.denoiser import DenoiserConfig
 from ldm.dit import DiTConfig, TimestepEmbedding
 from ldm.exchange import classes
-from ldm.exchange.first_stage import normalized
+from ldm.exchange.first_stage import check_class, normalized
 from ldm.exchange.layouts import CLASSES, diffusers_layout, repeat_embeddings, to_theirs
 from ldm.exchange.schedule import to_scheduler
 from ldm.exchange.side_file import SIDE_FILE, SideFile
@@ -99,6 +99,7 @@ def check(config: ExportConfig) -> Snapshot:
     if height != width:
         raise RequestError(f"to=diffusers: its DiT is square, the latents of {config.snapshot} are {height}x{width}")
     to_scheduler(snapshot.diffusion_config)
+    check_class(snapshot.fingerprint["autoencoder"]["class"], snapshot.statistics)
     return snapshot
 
 

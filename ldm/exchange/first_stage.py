@@ -16,26 +16,36 @@ from ldm.config import RequestError
 from ldm.latents.receipt import Statistics
 
 
+def check_class(class_name: str, statistics: Statistics) -> None:
+    """Raises RequestError where an autoencoder has no layer for a mean and standard deviation of each channel."""
+    one_factor = class_name.startswith("Autoencoder") and _is_one_factor(statistics)
+    if class_name != "AutoencoderKL" and not one_factor:
+        raise RequestError(
+            f"to=diffusers: an {class_name} has no layer that could take in the mean and deviation of each "
+            "latent channel, and DiTPipeline knows one scaling factor for all; only an AutoencoderKL can be exported"
+        )
+
+
 def normalized(autoencoder: Autoencoder, statistics: Statistics) -> nn.Module:
     """A diffusers autoencoder whose latents, times its scaling_factor, are normalised; this one stays as it is.
 
-    Raises RequestError where its class has no layer to take in a mean and standard deviation of each channel.
+    Raises RequestError, see `check_class`.
     """
+    check_class(autoencoder.class_name, statistics)
     model = copy.deepcopy(autoencoder.model).cpu().float()
-    mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
-    if (mean == 0).all() and (std == std[0]).all() and hasattr(model, "register_to_config"):
+    if _is_one_factor(statistics):
         _register(model, scaling_factor=1 / statistics.std[0], shift_factor=None)
         return model
-    if autoencoder.class_name != "AutoencoderKL":
-        raise RequestError(
-            f"to=diffusers: an {autoencoder.class_name} has no layer that could take in the mean and deviation of each "
-            "latent channel, and DiTPipeline knows one scaling factor for all; only an AutoencoderKL can be exported"
-        )
+    mean, std = torch.tensor(statistics.mean), torch.tensor(statistics.std)
     kl: Any = model
     kl.quant_conv = _after(kl.quant_conv, torch.cat([-mean / std, -2 * std.log()]), torch.cat([1 / std, std**0]))
     kl.post_quant_conv = _before(kl.post_quant_conv, mean, std)
     _register(model, scaling_factor=1.0, shift_factor=None, use_quant_conv=True, use_post_quant_conv=True)
     return model
+
+
+def _is_one_factor(statistics: Statistics) -> bool:
+    return not any(statistics.mean) and len(set(statistics.std)) == 1
 
 
 def _register(model: nn.Module, **values: Any) -> None:

@@ -16,6 +16,7 @@ from ldm.config import RequestError
 from ldm.diffusion import DiffusionConfig, alphas_cumprod
 from ldm.exchange import ExportConfig, export
 from ldm.exchange.classes import from_pipeline, pipeline_label, to_pipeline
+from ldm.exchange.export import check
 from ldm.exchange.first_stage import normalized
 from ldm.exchange.schedule import from_scheduler, to_scheduler
 from ldm.latents.manifest import Conditioning
@@ -190,8 +191,12 @@ def test_a_tiny_autoencoder_takes_one_factor_and_no_more(tmp_path):
     tiny.save(str(tmp_path / "vae"))
     options = {"latent_shape": (4, 4, 4), "fingerprint": some_fingerprint(tiny, 16)}
     url = write(tmp_path / "uneven", tiny, str(tmp_path / "vae"), **options)
-    with pytest.raises(RequestError, match="^to=diffusers: an AutoencoderTiny has no layer .* only an AutoencoderKL"):
-        export(ExportConfig(snapshot=url, to="diffusers", output=str(tmp_path / "x")))
+    request = ExportConfig(snapshot=url, to="diffusers", output=str(tmp_path / "x"))
+    for refuse in (check, export):  # a dry run says it too
+        with pytest.raises(
+            RequestError, match="^to=diffusers: an AutoencoderTiny has no layer .* only an AutoencoderKL"
+        ):
+            refuse(request)
     assert not (tmp_path / "x").exists()
     even = Statistics((0.0,) * 4, (2.0,) * 4)
     url = write(tmp_path / "even", tiny, str(tmp_path / "vae"), statistics=even, **options)
