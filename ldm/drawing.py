@@ -6,6 +6,7 @@ Shapes: labels, seeds int64 (N,); raw pixels uint8 (N, 3, H, W); latents (N, C, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Edit:
 
 
 class PictureSampler:
-    """A denoiser and the autoencoder around it.
+    """A denoiser, in whatever dtype its weights have, and the autoencoder around it; the sampler computes in float32.
 
     Args:
         latent_shape: (C, h, w).
@@ -66,6 +67,7 @@ class PictureSampler:
         self.denoiser, self.autoencoder, self.diffusion = denoiser, autoencoder, diffusion
         self.conditioning, self.latent_shape, self.batch_size = conditioning, latent_shape, batch_size
         self.device = autoencoder.device
+        self.dtype = next(denoiser.parameters()).dtype
         self.mean, self.std = channels(statistics.mean, self.device), channels(statistics.std, self.device)
 
     def draw(
@@ -105,7 +107,11 @@ class PictureSampler:
         total = self.diffusion.num_train_timesteps
         low, high = (total * share for share in settings.guidance_interval)
         rescale = settings.guidance_rescale
-        return guided(self.denoiser, rows, settings.guidance_scale, null, interval=(low, high), rescale=rescale)
+
+        def denoiser(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+            return self.denoiser(x.to(self.dtype), t, labels)
+
+        return guided(denoiser, rows, settings.guidance_scale, null, interval=(low, high), rescale=rescale)
 
     def _start(self, denoise: DenoiserFn, plan: SamplingPlan, end: Tensor, part: slice) -> Tensor:
         """An end of a `Blend` => noise (batch_size, C, h, w)."""
@@ -141,13 +147,29 @@ class PictureSampler:
         return torch.cat([rows, rows.new_zeros(self.batch_size - len(rows), *rows.shape[1:])]).to(self.device)
 
 
-def load_sampler(url: str, batch_size: int, device: str = "auto", denoiser_type: str | None = None) -> PictureSampler:
-    """A sampler from a snapshot. Raises RequestError where it is none."""
+def load_sampler(
+    url: str,
+    batch_size: int,
+    device: str = "auto",
+    denoiser_type: str | None = None,
+    precision: Literal["fp32", "bf16"] = "fp32",
+    compile: bool = False,
+) -> PictureSampler:
+    """A sampler from a snapshot. Raises RequestError where it is none.
+
+    precision: of the denoiser's weights. compile: the denoiser by torch.compile, which on a CPU needs a C++ compiler;
+    the same function, other last bits.
+    """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     snapshot = read_snapshot(url)
+    denoiser = snapshot.load_denoiser(device, denoiser_type)
+    if precision == "bf16":
+        denoiser = denoiser.bfloat16()
+    if compile:
+        denoiser.compile()
     return PictureSampler(
-        snapshot.load_denoiser(device, denoiser_type),
+        denoiser,
         snapshot.load_autoencoder(device),
         snapshot.diffusion_config,
         snapshot.statistics,

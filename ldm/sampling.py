@@ -62,6 +62,11 @@ class SampleConfig(SamplerConfig):
     )
     format: Literal["png"] = Field("png", description="one PNG a picture")
     batch_size: int = Field(32, gt=0, description="pictures in one call; a part of what a picture depends on")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="what the denoiser computes in")
+    compile: bool = Field(
+        False,
+        description="whether the denoiser is compiled (torch.compile): faster after half a minute; other last bits",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it runs")
     denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
 
@@ -130,7 +135,9 @@ def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) 
         mask = soften(grey, config.mask_blur)
         if not mask.any():
             raise RequestError(f"mask={config.mask}: is black, or fades out at mask_blur={config.mask_blur}")
-    sampler = load_sampler(config.snapshot, config.batch_size, config.device, config.denoiser_type)
+    sampler = load_sampler(
+        config.snapshot, config.batch_size, config.device, config.denoiser_type, config.precision, config.compile
+    )
     seeds = torch.arange(config.seed, config.seed + todo.num_images)
     shown: list[Tensor] = []
     started = time.monotonic()
