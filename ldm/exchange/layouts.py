@@ -4,12 +4,14 @@ A layout is a table: our module => their modules, whose rows one after the other
 all three but for the order of the pixels of a patch, so that a tensor goes there and back with the same bits.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from ldm.config import RequestError
+from ldm.dit import position_embedding
 
 Layout = dict[str, tuple[str, ...]]
 
@@ -114,6 +116,19 @@ def drop_repeated_embeddings(theirs: Mapping[str, Tensor], depth: int) -> dict[s
                     f"holds another {key} than block 0: a DiT has one embedding of timestep and class for all blocks"
                 )
     return kept
+
+
+def drop_positions(theirs: dict[str, Tensor], name: str, hidden_size: int) -> int:
+    """Takes the fixed positions (1, T, D) out, which are computed here; returns the side of the square of patches.
+
+    Raises RequestError where they are missing, or others.
+    """
+    positions = _take(theirs, name)
+    rows = math.isqrt(positions.numel() // hidden_size)
+    expected = position_embedding(hidden_size, (rows, rows))[None]
+    if positions.shape != expected.shape or not torch.allclose(positions.float(), expected, atol=1e-3):
+        raise RequestError(f"holds a {name} that is not the fixed sine-cosine one of a square of patches")
+    return rows
 
 
 def _take(tensors: dict[str, Tensor], name: str) -> Tensor:

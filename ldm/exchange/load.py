@@ -108,9 +108,8 @@ def _load_autoencoder(config: ImportConfig, folder: Path | None) -> Autoencoder:
     try:
         return load_autoencoder(str(folder))
     except RequestError as error:
-        raise RequestError(
-            f"from={config.source}: vae/: {str(error).removeprefix(f'autoencoder={folder}: ')}"
-        ) from None
+        text = str(error).removeprefix(f"autoencoder={folder}: ")
+        raise RequestError(f"from={config.source}: vae/: {text}; or give autoencoder=") from None
 
 
 def _named(config: ImportConfig, conditioning: Conditioning) -> Conditioning:

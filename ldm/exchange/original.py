@@ -1,7 +1,6 @@
 """Checkpoints of facebookresearch/DiT: the published `DiT-XL-2-256x256.pt`, or what its train.py writes."""
 
 import argparse
-import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,8 @@ from ldm import storage
 from ldm.config import RequestError, validate
 from ldm.denoiser import DenoiserConfig
 from ldm.diffusion import DiffusionConfig
-from ldm.dit import position_embedding
 from ldm.exchange.foreign import ForeignModel
-from ldm.exchange.layouts import CLASSES, original_layout, to_ours
+from ldm.exchange.layouts import CLASSES, drop_positions, original_layout, to_ours
 from ldm.latents.manifest import Conditioning
 
 PUBLISHED_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
@@ -30,12 +28,7 @@ def read_original(url: str, num_heads: int | None, temporary: Path) -> ForeignMo
         _tensor(weights, "y_embedder.embedding_table.weight", 2),
     )
     hidden_size, channels, patch_size, _ = patch.shape
-    positions = _tensor(weights, "pos_embed", 3)
-    rows = math.isqrt(positions.shape[1])
-    expected = position_embedding(hidden_size, (rows, rows))
-    if positions.shape[1:] != expected.shape or not torch.allclose(positions[0].float(), expected, atol=1e-3):
-        raise RequestError("holds a pos_embed that is not the fixed sine-cosine one of a square of patches")
-    del weights["pos_embed"]  # computed, here as there
+    rows = drop_positions(weights, "pos_embed", hidden_size)
     width = len(_tensor(weights, "blocks.0.mlp.fc1.weight", 2))
     outputs = len(_tensor(weights, "final_layer.linear.weight", 2))
     depth = len({name.split(".")[1] for name in weights if name.startswith("blocks.")})
@@ -67,6 +60,11 @@ def _load(url: str, temporary: Path) -> Any:
     path = storage.local_path(url) if storage.is_local(url) else temporary / "checkpoint.pt"
     if not storage.is_local(url):
         storage.fetch(url, path)
+    return load_weights_only(path)
+
+
+def load_weights_only(path: Path) -> Any:
+    """What torch.save wrote, if that is tensors and plain values. Raises RequestError; nothing in it is ever run."""
     try:
         # train.py keeps its arguments beside the weights: a plain namespace of text and numbers.
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -83,11 +81,16 @@ def _weights(checkpoint: Any) -> tuple[dict[str, Tensor], list[str]]:
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("ema"), dict):
         checkpoint = checkpoint["ema"]
         notes.append("the checkpoint's EMA weights are taken")
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in checkpoint.items()
+    return state_dict(checkpoint), notes
+
+
+def state_dict(values: Any) -> dict[str, Tensor]:
+    """Raises RequestError where these are no weights by name."""
+    if not isinstance(values, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in values.items()
     ):
         raise RequestError("holds no table of weights by name")
-    return dict(checkpoint), notes
+    return dict(values)
 
 
 def _tensor(weights: dict[str, Tensor], name: str, ndim: int) -> Tensor:

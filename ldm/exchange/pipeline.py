@@ -18,7 +18,8 @@ from ldm.diffusion import DiffusionConfig
 from ldm.exchange import classes
 from ldm.exchange.export import WEIGHTS
 from ldm.exchange.foreign import ForeignModel
-from ldm.exchange.layouts import CLASSES, diffusers_layout, drop_repeated_embeddings, to_ours
+from ldm.exchange.layouts import CLASSES, diffusers_layout, drop_positions, drop_repeated_embeddings, to_ours
+from ldm.exchange.original import load_weights_only, state_dict
 from ldm.exchange.schedule import from_scheduler
 from ldm.exchange.side_file import SIDE_FILE, SideFile
 from ldm.latents.cache import hash_file
@@ -26,7 +27,11 @@ from ldm.latents.manifest import Conditioning
 
 INDEX, TRANSFORMER, SCHEDULER = "model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"
 NAMES = (INDEX, TRANSFORMER, WEIGHTS, SCHEDULER, *(f"vae/{name}" for name in FILES), SIDE_FILE)
+PICKLED = WEIGHTS.replace(".safetensors", ".bin")  # as older folders have it; torch reads it weights-only
 CLASS_NAMES = ("DiTTransformer2DModel", "Transformer2DModel")  # the second: published before the first was
+
+
+POSITIONS = "pos_embed.pos_embed"  # computed; some older files hold it
 
 
 class TransformerConfig(Config):
@@ -53,7 +58,9 @@ def fetch_pipeline(source: str, temporary: Path) -> Path:
     if storage.exists(storage.join(source, INDEX)):
         if storage.is_local(source):
             return storage.local_path(source)
-        for name in NAMES:
+        for name in (*NAMES, PICKLED):
+            if name == PICKLED and (temporary / WEIGHTS).exists():
+                continue
             if storage.exists(url := storage.join(source, name)):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 storage.fetch(url, temporary / name)
@@ -63,7 +70,10 @@ def fetch_pipeline(source: str, temporary: Path) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(NAMES)))
+        folder = Path(huggingface_hub.snapshot_download(source, allow_patterns=list(NAMES)))
+        if not (folder / WEIGHTS).exists():
+            huggingface_hub.snapshot_download(source, allow_patterns=[PICKLED])
+        return folder
     except (OSError, ValueError) as error:
         text = str(error).splitlines()[0][:160]
         raise RequestError(f"is no local folder and cannot be loaded from the hub ({text})") from None
@@ -74,6 +84,8 @@ def read_pipeline(folder: Path) -> ForeignModel:
     index = _read_json(folder, INDEX, "DiTPipeline")
     config = _validate(TransformerConfig, _read_json(folder, TRANSFORMER, *CLASS_NAMES), TRANSFORMER)
     theirs = _read_weights(folder)
+    if POSITIONS in theirs:
+        drop_positions(theirs, POSITIONS, config.num_attention_heads * config.attention_head_dim)
     weights = to_ours(drop_repeated_embeddings(theirs, config.num_layers), diffusers_layout(config.num_layers))
     denoiser = _denoiser_values(config)
     latent_shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -137,7 +149,7 @@ def _read_diffusion(folder: Path) -> DiffusionConfig:
 
 def _read_side(folder: Path, notes: list[str]) -> SideFile | None:
     """What `export` wrote beside, if it did and the weights are still those."""
-    if not (folder / SIDE_FILE).exists():
+    if not (folder / SIDE_FILE).exists() or not (folder / WEIGHTS).exists():
         return None
     side = _validate(SideFile, _read_json(folder, SIDE_FILE), SIDE_FILE)
     if side.weights_sha256 == hash_file(folder / WEIGHTS):
@@ -148,7 +160,12 @@ def _read_side(folder: Path, notes: list[str]) -> SideFile | None:
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).exists():
-        raise RequestError(f"holds no {WEIGHTS}; only safetensors weights in one file are loaded")
+        if not (folder / PICKLED).exists():
+            raise RequestError(f"holds no {WEIGHTS}; only weights in one file are loaded")
+        try:
+            return state_dict(load_weights_only(folder / PICKLED))
+        except RequestError as error:
+            raise RequestError(f"{PICKLED} {error}") from None
     try:
         return safetensors.torch.load_file(folder / WEIGHTS)
     except (OSError, safetensors.SafetensorError) as error:

@@ -60,8 +60,8 @@ def exported(snapshot: str) -> Path:
     return folder
 
 
-def imported(source: Path, **options: Any) -> tuple[Snapshot, ImportReport]:
-    output = source.parent / "imported"
+def imported(source: Path, output: Path | None = None, **options: Any) -> tuple[Snapshot, ImportReport]:
+    output = output or source.parent / "imported"
     report = import_model(ImportConfig(source=str(source), output=str(output), **options))
     return read_snapshot(str(output)), report
 

@@ -12,6 +12,7 @@ from diffusers import DiTTransformer2DModel
 from ldm.autoencoder import load_autoencoder
 from ldm.config import RequestError
 from ldm.diffusion import DiffusionConfig
+from ldm.dit import position_embedding
 from ldm.exchange import ExportConfig, ImportConfig, export, import_model
 from ldm.latents.manifest import Conditioning
 from ldm.latents.receipt import Statistics
@@ -99,7 +100,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         lambda f: edit(f / "transformer/config.json", patch_size=4),
         "holds final.linear.bias of shape .16., expected .64.: weights of another model",
     ),
-    "no weights": (lambda f: (f / WEIGHTS).unlink(), "only safetensors weights in one file are loaded"),
+    "no weights": (lambda f: (f / WEIGHTS).unlink(), "only weights in one file are loaded"),
     "a cut file": (_cut, "safetensors cannot be read"),
     "embeddings of its own": (
         lambda f: replace_weights(f, lambda w: w[CLASS_TABLE].add_(1)),
@@ -161,6 +162,30 @@ def test_any_number_of_classes_of_theirs(theirs, tmp_path):
     assert found.conditioning == Conditioning("class", 5, tuple(f"class {i}" for i in range(5)))
     table = found.load_denoiser().get_parameter("label_embedding.weight")
     assert torch.equal(table, safetensors.torch.load_file(folder / WEIGHTS)[CLASS_TABLE])
+
+
+def test_a_folder_as_it_was_published_years_ago(theirs, tmp_path, kl_folder):
+    """Another class name, keys that are gone, weights as torch.save wrote them, the positions among them."""
+    folder = Path(shutil.copytree(theirs, tmp_path / "folder"))
+    expected, _ = imported(theirs, output=tmp_path / "expected")
+    legacy = {"double_self_attention": False, "num_vector_embeds": None, "use_linear_projection": False}
+    edit(folder / "transformer/config.json", _class_name="Transformer2DModel", **legacy)
+    weights = safetensors.torch.load_file(folder / WEIGHTS)
+    weights["pos_embed.pos_embed"] = position_embedding(32, (2, 2))[None]
+    pickled = folder / WEIGHTS.replace(".safetensors", ".bin")
+    torch.save(weights, pickled)
+    (folder / WEIGHTS).unlink()
+    shutil.rmtree(folder / "vae")
+    with pytest.raises(RequestError, match="vae/: holds no config.json; .*; or give autoencoder=$"):
+        imported(folder)
+    found, _ = imported(folder, autoencoder=str(kl_folder))
+    assert found.weights_sha256 == expected.weights_sha256
+    torch.save({**weights, "pos_embed.pos_embed": torch.zeros(1, 4, 32)}, pickled)
+    with pytest.raises(RequestError, match="a pos_embed.pos_embed that is not the fixed sine-cosine one"):
+        imported(folder, output=tmp_path / "x", autoencoder=str(kl_folder))
+    torch.save({"a": 1}, pickled)
+    with pytest.raises(RequestError, match=r"diffusion_pytorch_model\.bin holds no table of weights by name"):
+        imported(folder, output=tmp_path / "x", autoencoder=str(kl_folder))
 
 
 def test_half_precision_is_widened_and_said(theirs, tmp_path):
