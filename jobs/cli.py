@@ -26,7 +26,7 @@ STAGES = {
     "inspect": "what is in image shards or in a latent dataset, and what encoding would take",
     "encode": "image shards to a latent dataset, with a frozen autoencoder, on Ray",
     "verify": "a latent dataset checked against its manifest, quickly or to the last byte",
-    "convert": "a table joined to the columns of a latent dataset: new labels, captions, scores without a new encode",
+    "convert": "a table joined to a latent dataset's columns; a snapshot to diffusers; a DiT of others to a snapshot",
     "train": "a latent dataset to snapshots, with DeepSpeed ZeRO under Ray Train; run again, it goes on",
     "sample": "a snapshot to pictures, on this machine",
     "serve": "a snapshot behind HTTP, with Ray Serve",
@@ -83,7 +83,8 @@ def _run(arguments: list[str]) -> int:
 def stage_module(verb: str) -> ModuleType:
     """The module jobs.VERB: StageConfig, run(config) -> report, dry_run(config) -> text. Raises RequestError.
 
-    It may have POSITIONAL, the key that arguments without `=` are the value of, and show(report) -> text for a person.
+    It may have POSITIONAL, the key that arguments without `=` are the value of, and show(report) -> text for a person;
+    or FORMS, where a key among the arguments chooses the configuration: {key: (StageConfig, POSITIONAL)}.
     """
     if verb not in STAGES:
         near = difflib.get_close_matches(verb, [*STAGES, "submit"], n=1)
@@ -97,31 +98,40 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
 
     None in place of it where nothing is to be run: --help, --print-config and --dry-run are answered here.
     """
-    stage = stage_module(verb)
-    model: type[Config] = stage.StageConfig
+    forms = _forms(stage_module(verb))
     parser = Parser(prog=f"ldm {verb}", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", action="append", default=[])
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--dry-run", action="store_true")
     parser.add_argument("--print-config", action="store_true")
-    if "preview" in model.model_fields:
+    if any("preview" in model.model_fields for model, _ in forms.values()):
         parser.add_argument("--preview", type="preview={}".format, action="append", dest="named", default=[])
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(list(arguments))
     if options.help:
-        print(_stage_help(verb, model))
+        print("\n\n".join(_stage_help(verb, model, main_key) for model, main_key in forms.values()))
         return options, None
     layers = [(name, load_yaml(find_config(name))) for name in options.config]
-    pairs, plain = _split(options.overrides, getattr(stage, "POSITIONAL", None))
+    given = {text.partition("=")[0] for text in options.overrides}.union(*(values for _, values in layers))
+    if len(forms) > 1 and not given & forms.keys():
+        raise RequestError(f"ldm {verb}: give one of {', '.join(f'{key}=' for key in forms)}; see 'ldm {verb} --help'")
+    model, main_key = next((form for key, form in forms.items() if key in given), next(iter(forms.values())))
+    pairs, plain = _split(options.overrides, main_key)
     config = parse(model, [*layers, ("the command", plain)], [*pairs, *getattr(options, "named", [])])
     if options.print_config:
-        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        print(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), end="")
         return options, None
     if options.dry_run:
-        print(stage.dry_run(config))
+        print(stage_module(verb).dry_run(config))
         return options, None
     return options, config
+
+
+def _forms(stage: ModuleType) -> dict[str, tuple[type[Config], str | None]]:
+    """The configurations of a stage, and the main key of each; most have one."""
+    forms: dict[str, tuple[type[Config], str | None]] = getattr(stage, "FORMS", {})
+    return forms or {"": (stage.StageConfig, getattr(stage, "POSITIONAL", None))}
 
 
 def _split(arguments: list[str], main_key: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -159,10 +169,11 @@ def show_report(report: Any, as_json: bool, show: Callable[[Any], str] | None = 
 
 
 def show_values(values: dict[str, Any]) -> None:
-    """A report as a table for a person."""
+    """A report as a table for a person, who has been told its notes already."""
+    values = {key: value for key, value in values.items() if key != "notes"}
     width = max(map(len, values))
     for key, value in values.items():
-        print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list) else value}")
+        print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list | tuple) else value}")
 
 
 class Parser(argparse.ArgumentParser):
@@ -187,18 +198,18 @@ def _overview() -> str:
     )
 
 
-def _stage_help(verb: str, model: type[Config]) -> str:
-    main_key = getattr(stage_module(verb), "POSITIONAL", None)
+def _stage_help(verb: str, model: type[Config], main_key: str | None) -> str:
+    purpose = (model.__doc__ or "").splitlines()[0] if hasattr(stage_module(verb), "FORMS") else STAGES[verb] + "."
     place = f" {main_key.upper()}" if main_key else ""
     preview = " [--preview FILE]" if "preview" in model.model_fields else ""
     lines = [
         f"usage: ldm {verb}{place} [--config NAME_OR_FILE] [key=value …] [--json] [--dry-run] [--print-config]"
         + preview,
         "",
-        STAGES[verb][0].upper() + STAGES[verb][1:] + ".",
+        purpose[0].upper() + purpose[1:],
         "",
     ]
-    for key, kind, default, description, _ in fields(model):
+    for key, kind, default, description, _ in sorted(fields(model), key=lambda row: row[2] != "required"):
         lines.append(f"  {key}  ({kind}; {default if default == 'required' else f'default {default}'})")
         lines += textwrap.wrap(description, 100, initial_indent="      ", subsequent_indent="      ")
     return "\n".join(lines)

@@ -13,15 +13,16 @@ __all__ = ["StageConfig", "dry_run", "run"]
 
 def run(config: StageConfig) -> SampleReport:
     """Samples, and shows the progress."""
-    with Progress("sample", config.num_images, "pictures") as progress:
+    with Progress("sample", check(config).num_images, "pictures") as progress:
         return sample(config, progress.advance_to)
 
 
 def dry_run(config: Config) -> str:
     """Checks the request; returns what would be done."""
     assert isinstance(config, StageConfig)
-    snapshot = check(config)
-    return f"sample {config.num_images} pictures from step {snapshot.step:,} of {config.snapshot} into {config.output}"
+    todo = check(config)
+    what = f"{todo.num_images} pictures" + (f" ({config.task})" if config.task != "generate" else "")
+    return f"sample {what} from step {todo.snapshot.step:,} of {config.snapshot} into {config.output}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import yaml
 import ldm
 from jobs import cli
 from ldm import storage
-from ldm.autoencoder import is_hub_id
+from ldm.autoencoder import is_name
 from ldm.config import Config, RequestError, fields
 from pipelines.progress import say
 
@@ -128,7 +128,7 @@ def _with_absolute_locations(config: Config) -> Config:
         value = getattr(config, key, None) if "." not in key else None
         if is_location and value is not None:
             many = [value] if isinstance(value, str) else list(value)
-            made = [text if is_hub_id(text) and key == "autoencoder" else _absolute(text, key) for text in many]
+            made = [text if is_name(text) and key == "autoencoder" else _absolute(text, key) for text in many]
             updates[key] = made[0] if isinstance(value, str) else tuple(made)
     if tracking := getattr(config, "tracking", None):
         updates["tracking"] = tracking.resolved()
@@ -137,7 +137,7 @@ def _with_absolute_locations(config: Config) -> Config:
 
 def _absolute(text: str, key: str) -> str:
     """A relative path made absolute, of a comma set each one; URLs as they stand."""
-    parts = storage.split_commas(text) if key in ("source", "reference") else [text]
+    parts = storage.split_commas(text) if key in ("source", "reference", "pictures") else [text]
     return ",".join(storage.absolute(part) for part in parts)
 
 

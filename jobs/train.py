@@ -22,7 +22,8 @@ def dry_run(config: Config) -> str:
         f"train {todo.parameters / 1e6:.1f} M parameters on {describe_samples(todo.dataset)} "
         f"(generation {'+'.join(todo.generations)}) to step {config.max_steps:,} ({epochs:.1f} epochs), "
         f"{config.num_workers} workers, ZeRO-{config.zero_stage}, {config.precision}, "
-        f"from {todo.checkpoint or 'fresh weights'}, writes up to {storage.readable(todo.output_bytes)}"
+        f"from {todo.checkpoint or config.init_from or 'fresh weights'}, "
+        f"writes up to {storage.readable(todo.output_bytes)}" + "".join(f"\ninit_from: {note}" for note in todo.notes)
     )
 
 

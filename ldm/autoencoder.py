@@ -1,4 +1,4 @@
-"""The frozen first stage, any diffusers autoencoder: "raw pixels => raw moments" and "raw latents => raw pixels".
+"""The frozen first stage, any diffusers autoencoder, or none: "raw pixels => raw moments", "raw latents => raw pixels".
 
 Raw means as the network gives them: no scaling factor, no shift, no sampling. Normalising belongs to the reader of a
 latent dataset, so that a change of scaling never needs a new encode.
@@ -15,8 +15,11 @@ from torch import Tensor, nn
 
 from ldm import storage
 from ldm.config import RequestError
+from ldm.identity import IdentityAutoencoder
 
-CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC")
+CLASSES = ("AutoencoderKL", "AutoencoderTiny", "AutoencoderDC", IdentityAutoencoder.__name__)
+IDENTITY = "identity"
+"""In place of a location: no autoencoder, pixels are the latents."""
 Precision = Literal["float32", "bfloat16", "float16"]
 FILES = ("config.json", "diffusion_pytorch_model.safetensors")
 
@@ -75,6 +78,8 @@ class Autoencoder:
 def load_autoencoder(url: str, device: str = "cpu", precision: Precision = "float32") -> Autoencoder:
     """Loads a diffusers autoencoder: a local folder, an fsspec URL, or a hub id (`stabilityai/sd-vae-ft-mse`).
 
+    `identity` is none at all.
+
     Safetensors only. Raises RequestError where there is none.
     """
     if storage.exists(storage.join(url, "config.json")):
@@ -84,13 +89,19 @@ def load_autoencoder(url: str, device: str = "cpu", precision: Precision = "floa
             for name in FILES:
                 storage.fetch(storage.join(url, name), Path(folder) / name)
             return _load_folder(Path(folder), url, device, precision)
-    if is_hub_id(url):
+    if url == IDENTITY:
+        return Autoencoder(IdentityAutoencoder().to(device), precision)
+    if is_name(url):
         return _load_from_hub(url, device, precision)
-    raise RequestError(f"autoencoder={url}: holds no config.json; give a diffusers autoencoder folder or a hub id")
+    raise RequestError(
+        f"autoencoder={url}: holds no config.json; give a diffusers autoencoder folder, a hub id, or {IDENTITY}"
+    )
 
 
-def is_hub_id(url: str) -> bool:
-    """Whether a text can only be meant as a hub id: `owner/name`, and nothing of that name is here."""
+def is_name(url: str) -> bool:
+    """Whether a text is no location: `identity`, or a hub id `owner/name`, and nothing of that name is here."""
+    if url == IDENTITY:
+        return not Path(url).exists()
     return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", url) is not None and not Path(url.split("/")[0]).exists()
 
 
@@ -118,9 +129,6 @@ def _check_class(url: str, config: Any) -> str:
 
 
 def _load_folder(folder: Path, url: str, device: str, precision: Precision) -> Autoencoder:
-    import diffusers
-
-    diffusers.utils.logging.set_verbosity_error()  # it warns of keys that its own classes write
     try:
         config = storage.read_json(str(folder / FILES[0]))
     except ValueError as error:
@@ -128,6 +136,11 @@ def _load_folder(folder: Path, url: str, device: str, precision: Precision) -> A
     name = _check_class(url, config)
     if not (folder / FILES[1]).exists():
         raise RequestError(f"autoencoder={url}: holds no {FILES[1]}; only safetensors weights are loaded")
+    if name == IdentityAutoencoder.__name__:
+        return Autoencoder(IdentityAutoencoder().to(device), precision)
+    import diffusers
+
+    diffusers.utils.logging.set_verbosity_error()  # it warns of keys that its own classes write
     try:
         model = getattr(diffusers, name).from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False)
     except (OSError, RuntimeError, TypeError, ValueError) as error:  # a damaged file, or that of another config

@@ -83,7 +83,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def fields(model: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str, bool]]:
     """Yields (dotted key, type, default, description, is_location) for every leaf field of `model`."""
     for name, field in model.model_fields.items():
-        nested = _nested_model(field.annotation)
+        nested, name = _nested_model(field.annotation), field.alias or name
         if nested is not None:
             yield from fields(nested, f"{prefix}{name}.")
             continue

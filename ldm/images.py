@@ -162,14 +162,15 @@ def views(data: bytes, rules: PictureRules) -> tuple[list[View], tuple[int, int]
 
 
 def decode(
-    data: bytes, size: int, background: tuple[int, int, int] = (255, 255, 255)
+    data: bytes, size: int | tuple[int, int], background: tuple[int, int, int] = (255, 255, 255)
 ) -> tuple[npt.NDArray[np.uint8], tuple[int, int]]:
-    """Encoded picture => (pixels uint8 (3, size, size), original (width, height) after orientation).
+    """Encoded picture => (pixels uint8 (3, h, w), original (width, height) after orientation). size: a side, or (h, w).
 
     Raises BadPicture for anything that Pillow cannot read in full.
     """
-    (view,), original = views(data, PictureRules((size,), background=background))
-    return view.pixels, original
+    with _bad_pictures():
+        image = _open(data, PictureRules((), background=background))
+        return _resize_and_crop(image, (size, size) if isinstance(size, int) else size).pixels, image.size
 
 
 @contextmanager

@@ -1,45 +1,72 @@
-"""Snapshot => pictures. A picture depends on its seed, its label and the settings, not on its neighbours: every call of
-the networks has one padded batch shape."""
+"""The stage `ldm sample`: a snapshot to pictures, from noise or from pictures, on this machine."""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import Field, field_validator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm import images, storage
-from ldm.autoencoder import Autoencoder
-from ldm.config import Config, Location, RequestError
-from ldm.diffusion import DiffusionConfig
-from ldm.latents.batch import channels
+from ldm.config import Location, RequestError
+from ldm.drawing import Blend, Edit, load_sampler
+from ldm.editing import soften
 from ldm.latents.manifest import Conditioning
-from ldm.latents.receipt import Statistics
-from ldm.sampler import ddim, guided, initial_noise, make_plan, step_noise
+from ldm.plan import SamplerConfig, make_plan
 from ldm.snapshot import Snapshot, read_snapshot
 
 GRID_PICTURES = 256
 """Pictures in the grid at most."""
+DEFAULT_IMAGES = 16
+
+Task = Literal["generate", "reconstruct", "interpolate", "variations", "image_to_image", "inpaint"]
+NEED_PICTURES = ("reconstruct", "image_to_image", "inpaint")
+EDITS = ("image_to_image", "inpaint")
 
 
-class SampleConfig(Config):
+class SampleConfig(SamplerConfig):
     """Draws pictures from a snapshot, on this machine."""
 
     snapshot: Location = Field(description="what `ldm train` wrote: a snapshot directory or URL")
     output: Location = Field("samples", description="directory or URL of the pictures")
-    num_images: int = Field(16, gt=0, description="number of pictures")
+    num_images: int | None = Field(
+        None, gt=0, description=f"number of pictures; null: {DEFAULT_IMAGES}, or for reconstruct one for each given"
+    )
     labels: tuple[str, ...] | None = Field(
-        None, description="class numbers or names, taken in turn; null: all classes in turn"
+        None,
+        description="class numbers or names, taken in turn; null: all classes in turn, but for a task with "
+        "pictures and for interpolate no class",
     )
     seed: int = Field(0, ge=0, le=2**53 - 1, description="seed of the first picture; picture i has seed + i")
-    num_inference_steps: int = Field(50, gt=0, description="sampling steps S")
-    eta: float = Field(0.0, ge=0, le=1, description="0: deterministic DDIM; 1: as much noise as DDPM")
-    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1: none")
-    sampler: Literal["ddim"] = Field("ddim", description="sampler")
+    task: Task = Field(
+        "generate",
+        description="reconstruct: pictures inverted to noise and back; interpolate: between two pictures, or from seed "
+        "to seed + 1; variations: of pictures, or of the picture of seed; image_to_image; inpaint",
+    )
+    pictures: Location | tuple[Location, ...] | None = Field(
+        None, description="pictures to start from, taken in turn: files, a folder, a glob or a comma set"
+    )
+    mask: Location | None = Field(
+        None, description="picture that is white where inpaint paints; grey mixes, black keeps the picture exactly"
+    )
+    mask_blur: int = Field(0, ge=0, description="width of a soft edge inside the mask, pixels")
+    strength: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="how far from the pictures: share of the steps (image_to_image, inpaint) or way to fresh noise "
+        "(variations); null: 0.6, for inpaint 1",
+    )
     format: Literal["png"] = Field("png", description="one PNG a picture")
     batch_size: int = Field(32, gt=0, description="pictures in one call; a part of what a picture depends on")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="what the denoiser computes in")
+    compile: bool = Field(
+        False,
+        description="whether the denoiser is compiled (torch.compile): faster after half a minute; other last bits",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where it runs")
     denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
 
@@ -64,80 +91,70 @@ class SampleReport:
     grid: str
 
 
-class PictureSampler:
-    """A denoiser and the decoder behind it, ready to draw.
+@dataclass(frozen=True)
+class SamplePlan:
+    """What will be drawn. labels: int64 (num_images,), None for an unconditional model; pictures: URLs."""
 
-    Args:
-        latent_shape: (C, h, w).
-        batch_size: of every call; smaller requests are padded to it.
+    snapshot: Snapshot
+    num_images: int
+    labels: Tensor | None
+    pictures: tuple[str, ...]
+    strength: float
+
+
+def check(config: SampleConfig) -> SamplePlan:
+    """Checks the whole request without loading weights. Raises RequestError."""
+    storage.check_writable("output", config.output)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise RequestError("device=cuda: this machine has no GPU that torch can use; give device=cpu or device=auto")
+    snapshot = read_snapshot(config.snapshot)
+    pictures = _find_pictures(config)
+    _check_task(config, pictures)
+    count = config.num_images or (len(pictures) if config.task == "reconstruct" else DEFAULT_IMAGES)
+    strength = config.strength or (1.0 if config.task == "inpaint" else 0.6)
+    plan = make_plan(snapshot.diffusion_config, config)
+    if config.task not in ("generate", *EDITS) and pictures and (any(plan.sigmas) or config.sampler == "dpmpp_2m"):
+        raise RequestError(
+            f"task={config.task}: inverts pictures, which needs steps that can be taken back: use eta=0 and "
+            "sampler=ddim, or euler or heun for a flow"
+        )
+    return SamplePlan(snapshot, count, _labels(config, snapshot, count), pictures, strength)
+
+
+def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) -> SampleReport:
+    """Draws `num_images` pictures: one PNG each in `output`, written as they are drawn, and a grid of the first.
+
+    progress: called with the number of pictures done. Raises RequestError.
     """
-
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        autoencoder: Autoencoder,
-        diffusion: DiffusionConfig,
-        statistics: Statistics,
-        conditioning: Conditioning,
-        latent_shape: tuple[int, int, int],
-        batch_size: int,
-    ) -> None:
-        self.denoiser, self.autoencoder, self.diffusion = denoiser, autoencoder, diffusion
-        self.statistics, self.conditioning = statistics, conditioning
-        self.latent_shape, self.batch_size = latent_shape, batch_size
-        self.device = autoencoder.device
-
-    def draw(
-        self,
-        labels: Tensor | None,
-        seeds: Tensor,
-        *,
-        num_inference_steps: int,
-        eta: float = 0.0,
-        guidance_scale: float = 1.0,
-        progress: Callable[[int], None] | None = None,
-    ) -> Tensor:
-        """labels, seeds: int64 (N,); labels None for an unconditional model => raw pixels uint8 (N, 3, H, W).
-
-        progress: called with the number of pictures done. Raises RequestError for settings that cannot work.
-        """
-        plan = make_plan(self.diffusion, num_inference_steps, eta)
-        null = self.conditioning.num_classes if self.conditioning.type == "class" else None
-        mean, std = channels(self.statistics.mean, self.device), channels(self.statistics.std, self.device)
-        pictures = []
-        for first in range(0, len(seeds), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            batch_seeds, count = self._padded(seeds[part])
-            batch_labels = None if labels is None or null is None else self._padded(labels[part])[0]
-            noise = initial_noise(batch_seeds, self.latent_shape)
-            fresh = step_noise(batch_seeds, self.latent_shape)
-            denoise = guided(self.denoiser, batch_labels, guidance_scale, null)
-            latents = ddim(denoise, noise, plan, noise_fn=fresh)
-            pictures.append(self.autoencoder.decode(latents * std + mean)[:count])
-            if progress is not None:
-                progress(first + count)
-        return torch.cat(pictures)
-
-    def _padded(self, values: Tensor) -> tuple[Tensor, int]:
-        """(n,) => (batch_size,) on the device, and n."""
-        missing = self.batch_size - len(values)
-        return torch.cat([values, values.new_zeros(missing)]).to(self.device), len(values)
-
-
-def load_sampler(url: str, batch_size: int, device: str = "auto", denoiser_type: str | None = None) -> PictureSampler:
-    """A sampler from a snapshot. Raises RequestError where it is none."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    snapshot = read_snapshot(url)
-    return PictureSampler(
-        snapshot.load_denoiser(device, denoiser_type),
-        snapshot.load_autoencoder(device),
-        snapshot.diffusion_config,
-        snapshot.statistics,
-        snapshot.conditioning,
-        snapshot.latent_shape,
-        batch_size,
+    todo = check(config)
+    shape = _picture_shape(todo.snapshot)
+    given = _read_pictures(todo.pictures, shape, todo.snapshot, "pictures")
+    mask = None
+    if config.mask is not None:
+        grey = _read_pictures((config.mask,), shape, todo.snapshot, "mask").float().mean(dim=1, keepdim=True) / 255
+        mask = soften(grey, config.mask_blur)
+        if not mask.any():
+            raise RequestError(f"mask={config.mask}: is black, or fades out at mask_blur={config.mask_blur}")
+    sampler = load_sampler(
+        config.snapshot, config.batch_size, config.device, config.denoiser_type, config.precision, config.compile
     )
+    seeds = torch.arange(config.seed, config.seed + todo.num_images)
+    shown: list[Tensor] = []
+    started = time.monotonic()
+    for first in range(0, todo.num_images, config.batch_size):
+        rows = torch.arange(first, min(first + config.batch_size, todo.num_images))
+        labels = None if todo.labels is None else todo.labels[rows]
+        drawn = sampler.draw(labels, seeds[rows], config, _source(config, todo, rows, given, mask))
+        for i, picture in zip(rows.tolist(), drawn.numpy(), strict=True):
+            storage.write_bytes(storage.join(config.output, f"{i:06d}.png"), images.to_png(picture))
+        shown += list(drawn[: max(0, GRID_PICTURES - first)])
+        if progress is not None:
+            progress(first + len(rows))
+    rate = todo.num_images / (time.monotonic() - started)
+    grid_url = storage.join(config.output, "grid.png")
+    columns = min(len(shown), max(10, int(len(shown) ** 0.5)))
+    storage.write_bytes(grid_url, images.to_png(images.grid(torch.stack(shown).numpy(), columns)))
+    return SampleReport(todo.num_images, round(rate, 2), config.output, grid_url)
 
 
 def resolve_labels(labels: Sequence[str] | None, conditioning: Conditioning, count: int) -> Tensor | None:
@@ -150,46 +167,78 @@ def resolve_labels(labels: Sequence[str] | None, conditioning: Conditioning, cou
     return torch.tensor([numbers[i % len(numbers)] for i in range(count)], dtype=torch.int64)
 
 
-def check(config: SampleConfig) -> Snapshot:
-    """Checks the whole request without loading weights. Raises RequestError."""
-    storage.check_writable("output", config.output)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise RequestError("device=cuda: this machine has no GPU that torch can use; give device=cpu or device=auto")
-    snapshot = read_snapshot(config.snapshot)
-    resolve_labels(config.labels, snapshot.conditioning, config.num_images)
-    make_plan(snapshot.diffusion_config, config.num_inference_steps, config.eta)
-    return snapshot
+def _source(
+    config: SampleConfig, todo: SamplePlan, rows: Tensor, given: Tensor, mask: Tensor | None
+) -> Blend | Edit | None:
+    """Where the pictures number `rows` of the whole request start from."""
+    seeds, ones = config.seed + rows, torch.ones(len(rows))
+    if config.task == "generate":
+        return None
+    if config.task == "interpolate":
+        ends = given if len(given) else torch.tensor([config.seed, config.seed + 1])
+        start, end = (ends[i].expand(len(rows), *ends.shape[1:]) for i in (0, 1))
+        return Blend(start, end, rows / max(1, todo.num_images - 1))
+    start = given[rows % len(given)] if len(given) else torch.full_like(seeds, config.seed)
+    if config.task in EDITS:
+        return Edit(start, todo.strength, mask)
+    return Blend(start, seeds + 1, 0 * ones if config.task == "reconstruct" else todo.strength * ones)
 
 
-def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) -> SampleReport:
-    """Draws `num_images` pictures: one PNG each in `output`, written as they are drawn, and a grid of the first.
-
-    progress: called with the number of pictures done. Raises RequestError.
-    """
-    labels = resolve_labels(config.labels, check(config).conditioning, config.num_images)
-    sampler = load_sampler(config.snapshot, config.batch_size, config.device, config.denoiser_type)
-    seeds = torch.arange(config.seed, config.seed + config.num_images)
-    shown: list[Tensor] = []
-    started = time.monotonic()
-    for first in range(0, config.num_images, config.batch_size):
-        part = slice(first, first + config.batch_size)
-        pictures = sampler.draw(
-            None if labels is None else labels[part],
-            seeds[part],
-            num_inference_steps=config.num_inference_steps,
-            eta=config.eta,
-            guidance_scale=config.guidance_scale,
+def _check_task(config: SampleConfig, pictures: Sequence[str]) -> None:
+    """Raises RequestError where a task has not what it needs, or a key is given that it does not use."""
+    task = config.task
+    if task in NEED_PICTURES and not pictures:
+        raise RequestError(f"task={task}: starts from pictures; give pictures=FILES")
+    if task == "generate" and pictures:
+        raise RequestError("task=generate: starts from noise alone; leave pictures out, or give another task")
+    if task == "interpolate" and pictures and len(pictures) != 2:
+        raise RequestError(f"pictures={config.pictures}: are {len(pictures)}; interpolate needs exactly 2")
+    if (task == "inpaint") != (config.mask is not None):
+        wrong = (
+            "inpaint paints where it is white; give mask=FILE" if task == "inpaint" else f"is no part of task={task}"
         )
-        for i, picture in enumerate(pictures.numpy(), start=first):
-            storage.write_bytes(storage.join(config.output, f"{i:06d}.png"), images.to_png(picture))
-        shown += list(pictures[: max(0, GRID_PICTURES - first)])
-        if progress is not None:
-            progress(first + len(pictures))
-    rate = config.num_images / (time.monotonic() - started)
-    grid_url = storage.join(config.output, "grid.png")
-    columns = min(len(shown), max(10, int(len(shown) ** 0.5)))
-    storage.write_bytes(grid_url, images.to_png(images.grid(torch.stack(shown).numpy(), columns)))
-    return SampleReport(config.num_images, round(rate, 2), config.output, grid_url)
+        raise RequestError(f"mask={config.mask or 'null'}: {wrong}")
+    if config.strength is not None and task not in ("variations", *EDITS):
+        raise RequestError(f"strength={config.strength}: is no part of task={task}; leave it out")
+
+
+def _labels(config: SampleConfig, snapshot: Snapshot, count: int) -> Tensor | None:
+    conditioning = snapshot.conditioning
+    if config.labels or conditioning.type == "none" or (config.task != "interpolate" and config.pictures is None):
+        return resolve_labels(config.labels, conditioning, count)
+    if snapshot.denoiser.get("label_dropout") == 0:
+        raise RequestError("labels=null: the model was trained without the null class; name the pictures' classes")
+    return torch.full((count,), conditioning.num_classes, dtype=torch.int64)
+
+
+def _find_pictures(config: SampleConfig) -> tuple[str, ...]:
+    """URLs in the order in which they are given."""
+    given = (config.pictures,) if isinstance(config.pictures, str) else config.pictures or ()
+    found: list[str] = []
+    for text in (part for location in given for part in storage.split_commas(location)):
+        if storage.is_directory(text):
+            found += [storage.join(text, name) for name in storage.list_dir(text)]
+        else:
+            found += storage.expand(text, "pictures")
+    return tuple(found)
+
+
+def _picture_shape(snapshot: Snapshot) -> tuple[int, int]:
+    """(H, W) of the pictures that the latents are of: the short side is that of the fingerprint."""
+    (_, h, w), size = snapshot.latent_shape, snapshot.fingerprint["pictures"]["size"]
+    return size * h // min(h, w), size * w // min(h, w)
+
+
+def _read_pictures(urls: Sequence[str], shape: tuple[int, int], snapshot: Snapshot, key: str) -> Tensor:
+    """uint8 (N, 3, H, W), cut as training cut its pictures. Raises RequestError."""
+    background = tuple(snapshot.fingerprint["pictures"]["background"])
+    pixels = []
+    for url in urls:
+        try:
+            pixels.append(images.decode(storage.read_bytes(url), shape, background)[0])
+        except images.BadPicture as error:
+            raise RequestError(f"{key}={url}: cannot be read as a picture ({error})") from None
+    return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)
 
 
 def _class_number(label: str, conditioning: Conditioning) -> int:

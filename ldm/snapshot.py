@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldm import storage
 from ldm.autoencoder import FILES, Autoencoder, load_autoencoder
 from ldm.config import RequestError, validate
-from ldm.denoiser import DenoiserConfig, build_denoiser
+from ldm.denoiser import BUILT_IN, DenoiserConfig, build_denoiser
 from ldm.diffusion import DiffusionConfig
 from ldm.latents.cache import hash_file, local_copy
 from ldm.latents.manifest import Conditioning
@@ -32,7 +32,7 @@ class Snapshot:
     """A denoiser that is ready to sample. latent_shape: (C, h, w)."""
 
     url: str
-    denoiser: dict[str, Any]  # a DenoiserConfig's values; type is "dit" or "custom"
+    denoiser: dict[str, Any]  # a DenoiserConfig's values; type is built in, or "custom"
     diffusion_config: DiffusionConfig
     statistics: Statistics
     conditioning: Conditioning
@@ -49,12 +49,12 @@ class Snapshot:
         names code to import. Raises RequestError without one; ValueError where a file is damaged.
         """
         kind = self.denoiser["type"]
-        if kind != "dit" and denoiser_type is None:
+        if kind not in BUILT_IN and denoiser_type is None:
             raise RequestError(
                 f"denoiser_type=null: {self.url} was trained with a class of its own; "
                 "give denoiser_type=package.module:Class"
             )
-        config = validate(DenoiserConfig, {**self.denoiser, "type": kind if kind == "dit" else denoiser_type})
+        config = validate(DenoiserConfig, {**self.denoiser, "type": kind if kind in BUILT_IN else denoiser_type})
         path = local_copy(storage.join(self.url, "denoiser.safetensors"), self.weights_sha256)
         if hash_file(path) != self.weights_sha256:
             raise ValueError(f"{path}: does not have the hash that snapshot.json names; it is damaged")
@@ -91,7 +91,7 @@ def write_snapshot(
 ) -> None:
     """Writes a whole snapshot; `snapshot.json` comes last, so that a partial one is never taken for whole."""
     denoiser = denoiser_config.model_dump(mode="json")
-    denoiser["type"] = "dit" if denoiser_config.type == "dit" else "custom"
+    denoiser["type"] = denoiser_config.type if denoiser_config.type in BUILT_IN else "custom"
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "denoiser.safetensors"
         safetensors.torch.save_file({k: v.detach().cpu().contiguous() for k, v in weights.items()}, file)

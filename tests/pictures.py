@@ -147,6 +147,7 @@ def latent_dataset(
     return commit_generation(url, receipts, fingerprint, autoencoder.latent_channels, autoencoder.factor), content
 
 
+COSINE_V = DiffusionConfig(schedule="cosine", prediction_type="v_prediction")
 TINY_DIT = DenoiserConfig(hidden_size=16, depth=1, num_heads=2, patch_size=2)
 FRUIT = Conditioning("class", 3, ("apple", "pear", "plum"))
 
@@ -158,10 +159,13 @@ def write_tiny_snapshot(
     *,
     denoiser_config: DenoiserConfig = TINY_DIT,
     conditioning: Conditioning = FRUIT,
+    diffusion_config: DiffusionConfig = COSINE_V,
+    latent_shape: tuple[int, int, int] = (4, 4, 4),
 ) -> None:
-    """A snapshot of a random denoiser for latents (4, 4, 4), pictures of 8 pixels with a factor of 2."""
+    """A snapshot of a random denoiser for pictures of 8 pixels, by default through latents and a factor of 2."""
+    channels, *size = latent_shape
     denoiser = build_denoiser(
-        denoiser_config, in_channels=4, sample_size=(4, 4), num_classes=conditioning.num_classes or None
+        denoiser_config, in_channels=channels, sample_size=tuple(size), num_classes=conditioning.num_classes or None
     )
     generator = torch.Generator().manual_seed(0)  # a fresh DiT answers 0
     weights = {k: v + 0.05 * torch.randn(v.shape, generator=generator) for k, v in denoiser.state_dict().items()}
@@ -169,10 +173,10 @@ def write_tiny_snapshot(
         url,
         weights,
         denoiser_config=denoiser_config,
-        diffusion_config=DiffusionConfig(schedule="cosine", prediction_type="v_prediction"),
-        statistics=Statistics((0.1, 0.2, 0.3, 0.4), (1.0, 2.0, 0.5, 1.5)),
+        diffusion_config=diffusion_config,
+        statistics=Statistics((0.1, 0.2, 0.3, 0.4)[:channels], (1.0, 2.0, 0.5, 1.5)[:channels]),
         conditioning=conditioning,
-        latent_shape=(4, 4, 4),
+        latent_shape=latent_shape,
         fingerprint=some_fingerprint(autoencoder, 8),
         step=7,
         images_seen=700,

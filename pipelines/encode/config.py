@@ -25,7 +25,9 @@ class EncodeConfig(Config):
         "or one folder of pictures (class = sub-folder)"
     )
     destination: Location = Field(description="directory or URL of the latent dataset")
-    autoencoder: Location = Field(description="diffusers autoencoder: folder, URL or hub id")
+    autoencoder: Location = Field(
+        description="diffusers autoencoder: folder, URL or hub id; identity: none, pixels in [-1, 1] are the latents"
+    )
     image_size: Side | tuple[Side, ...] = Field(
         256, description="side of the encoded square, pixels; several: each picture once in each size"
     )

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from ldm import images, shards, storage
 from ldm.classifier import Classifier, train_classifier
 from ldm.config import Config, Location, RequestError
-from ldm.sampler import make_plan
+from ldm.plan import SamplerConfig, make_plan
 from ldm.sampling import resolve_labels
 from ldm.snapshot import Snapshot, read_snapshot
 from pipelines import lineage
@@ -98,7 +98,7 @@ def plan(config: EvaluateConfig) -> EvaluatePlan:
         raise RequestError(
             "holdout=0.0: the classifier's own accuracy needs pictures that it never saw; give 0.1, or features=vae"
         )
-    make_plan(snapshot.diffusion_config, config.num_inference_steps, config.eta)
+    make_plan(snapshot.diffusion_config, SamplerConfig(num_inference_steps=config.num_inference_steps, eta=config.eta))
     try:
         urls = shards.shard_names(storage.expand(config.reference))
     except RequestError as error:

@@ -21,9 +21,10 @@ from torch import Tensor
 import ldm
 from ldm import images
 from ldm.config import Config, RequestError
+from ldm.drawing import PictureSampler
 from ldm.latents.manifest import Conditioning
-from ldm.sampler import make_plan
-from ldm.sampling import PictureSampler, resolve_labels
+from ldm.plan import SamplerConfig, make_plan
+from ldm.sampling import resolve_labels
 from ldm.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -60,6 +61,10 @@ class SamplesRequest(Config):
         if self.seeds is not None and self.num_images not in (None, len(self.seeds)):
             raise ValueError(f"num_images={self.num_images}: {len(self.seeds)} seeds are given; leave it out")
         return self
+
+    @property
+    def settings(self) -> SamplerConfig:
+        return SamplerConfig(**self.model_dump(include={"num_inference_steps", "eta", "guidance_scale"}))
 
     def resolve(self, conditioning: Conditioning, max_images: int) -> tuple[Tensor | None, Tensor]:
         """Labels and seeds of the pictures, int64 (N,); labels None for an unconditional model.
@@ -119,10 +124,9 @@ class Engine:
     async def draw(self, labels: Tensor | None, seeds: Tensor, request: SamplesRequest) -> npt.NDArray[np.uint8]:
         """=> raw pixels uint8 (N, 3, H, W). Raises RequestError and Overloaded."""
         # Made once more where it is drawn; here so that a wrong request is told at once, and does not queue.
-        make_plan(self.sampler.diffusion, request.num_inference_steps, request.eta)
+        make_plan(self.sampler.diffusion, request.settings)
         self.refuse_overload()
-        settings = request.model_dump(include={"num_inference_steps", "eta", "guidance_scale"})
-        work = partial(self.sampler.draw, labels, seeds, **settings)
+        work = partial(self.sampler.draw, labels, seeds, request.settings)
         self.waiting += 1
         try:
             pictures = await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -17,7 +17,7 @@ from pydantic import Field
 
 from ldm import storage
 from ldm.config import Config, Location, RequestError
-from ldm.sampling import load_sampler
+from ldm.drawing import load_sampler
 from ldm.snapshot import Snapshot, read_snapshot
 from pipelines import cluster
 from pipelines.progress import say

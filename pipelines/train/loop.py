@@ -23,6 +23,7 @@ from ldm.latents.batch import LatentBatch, draw_latents
 from ldm.latents.cache import Cache
 from ldm.latents.dataset import LatentDataset
 from ldm.snapshot import read_snapshot, write_snapshot
+from ldm.transfer import initial_weights
 from pipelines import cluster
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
@@ -157,8 +158,8 @@ class Worker:
             seed=config.seed,
         )
         if config.init_from and newest_checkpoint(config.output) is None:
-            weights = read_snapshot(config.init_from, "init_from").load_denoiser(denoiser_type=config.denoiser.type)
-            denoiser.load_state_dict(weights.state_dict())
+            snapshot = read_snapshot(config.init_from, "init_from")
+            denoiser.load_state_dict(initial_weights(snapshot, config.denoiser, denoiser))
         settings = zero.deepspeed_config(
             stage=config.zero_stage,
             precision=config.precision,
@@ -191,7 +192,7 @@ class Worker:
         seed, ids, epochs = self.config.seed, batch.ids.to(self.device), batch.epochs.to(self.device)
         latents = draw_latents(batch, self.dataset.statistics, seed, self.device)
         noise = random.normal(seed, "noise", ids, epochs, tuple(latents.shape[1:]))
-        t = random.uniform_integers(seed, "timestep", ids, epochs, self.config.diffusion.num_train_timesteps)
+        t = self.diffusion.draw_timesteps(seed, ids, epochs)
         labels = None
         if self.dataset.num_classes:
             dropped = random.uniform(seed, "label-dropout", ids, epochs) < self.config.denoiser.label_dropout

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from ldm import storage
-from ldm.config import RequestError, differences
+from ldm.config import RequestError
 from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import fingerprint_hash
 from ldm.snapshot import read_snapshot
+from ldm.transfer import check_fit
 from pipelines import cluster, lineage
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker
@@ -54,6 +55,7 @@ class TrainPlan:
     output_bytes: int  # that the rest of the run adds at most
     checkpoint: str | None
     record: RunRecord | None  # of the run that goes on
+    notes: tuple[str, ...] = ()  # what changes on the way from the snapshot of init_from
 
     @property
     def generations(self) -> tuple[str, ...]:
@@ -80,15 +82,17 @@ def plan(config: TrainConfig) -> TrainPlan:
             sample_size=dataset.latent_shape[1:],
             num_classes=dataset.num_classes or None,
         )
+    notes: tuple[str, ...] = ()
     if config.init_from and checkpoint is None:
-        _check_init_from(config, dataset)
+        snapshot = read_snapshot(config.init_from, "init_from")
+        notes = check_fit(snapshot, config.denoiser, config.diffusion, dataset.latent_shape, dataset.num_classes)
     if config.resume == "required" and checkpoint is None:
         raise RequestError(f"resume=required: {config.output} holds no checkpoint; give resume=auto to begin")
     if config.resume == "never" and checkpoint:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
     output_bytes = check_space(config, parameters)
-    return TrainPlan(dataset, exclusions, parameters, output_bytes, checkpoint, record)
+    return TrainPlan(dataset, exclusions, parameters, output_bytes, checkpoint, record, notes)
 
 
 def train(config: TrainConfig) -> TrainReport:
@@ -123,6 +127,8 @@ def train(config: TrainConfig) -> TrainReport:
             tracker.dataset(lineage.latent_dataset(manifest), "training")
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {describe_samples(todo.dataset)}")
+        for note in todo.notes:
+            say(f"train: init_from: {note}")
         result = _run_workers(config, record, tracker.run_id)
         tracker.model(read_snapshot(result["snapshot"]))
     return TrainReport(**result, run_id=tracker.run_id)
@@ -178,21 +184,6 @@ def _check_batch(config: TrainConfig) -> None:
             f"micro_batch_size={config.micro_batch_size}: does not divide a worker's share of {share} "
             "(global_batch_size / num_workers)"
         )
-
-
-def _check_init_from(config: TrainConfig, dataset: LatentDataset) -> None:
-    """Raises RequestError where the snapshot's weights do not fit the denoiser that is asked for."""
-    snapshot = read_snapshot(str(config.init_from), "init_from")
-    asked = config.denoiser.model_dump(mode="json", exclude={"label_dropout"})
-    found = {key: snapshot.denoiser.get(key) for key in asked}
-    if found["type"] == "custom":
-        found["type"] = asked["type"] if asked["type"] != "dit" else "custom"
-    lines = differences(
-        {**found, "latent_shape": list(snapshot.latent_shape), "num_classes": snapshot.conditioning.num_classes},
-        {**asked, "latent_shape": list(dataset.latent_shape), "num_classes": dataset.num_classes},
-    )
-    if lines:
-        raise RequestError(f"init_from={config.init_from}: does not fit this run ({'; '.join(lines)})")
 
 
 def _run_workers(config: TrainConfig, record: RunRecord, run_id: str | None) -> dict[str, Any]:

@@ -72,7 +72,7 @@ WRONG = [
     ("inspect pipe:cat", "pipe:cat: runs a shell command"),
     ("verify vae --preview grid.png", "unrecognized arguments: --preview grid.png; see 'ldm verify --help'"),
     ("convert vae table=t.csv", "latents=vae: is no latent dataset (no manifest.json)"),
-    ("convert vae", "table: missing; give table=VALUE"),
+    ("convert vae", "ldm convert: give one of table=, to=, from="),
     ("submit verify vae level=half --address http://127.0.0.1:1", "level=half: input should be 'quick' or 'full'"),
     ("submit verify vae --address http://127.0.0.1:1", "--address=http://127.0.0.1:1: no Ray cluster"),
     ("submit train latents=l output=o", "--address: missing; give --address http://HEAD:8265, or set RAY_ADDRESS"),

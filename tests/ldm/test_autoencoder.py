@@ -154,6 +154,27 @@ def test_damaged_weights_are_refused(kl_folder, tmp_path, damage):
         load_autoencoder(str(tmp_path))
 
 
+def test_without_an_autoencoder_every_pixel_value_comes_back(tmp_path):
+    """Also through the fp16 of the latent dataset, and from the folder that a snapshot holds."""
+    load_autoencoder("identity").save(str(tmp_path / "saved"))
+    every = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(2, 3, 16, 16)
+    for url in ("identity", str(tmp_path / "saved")):
+        identity = load_autoencoder(url)
+        assert (identity.factor, identity.latent_channels, identity.deterministic) == (1, 3, True)
+        latents = identity.encode(every)
+        assert latents.shape == (2, 3, 16, 16) and (latents.min(), latents.max()) == (-1, 1)
+        assert torch.equal(identity.decode(latents.half()), every)
+        assert identity.weights_sha256 == load_autoencoder("identity").weights_sha256
+    identity.compile()
+    assert torch.equal(identity.encode(every), latents)
+
+
+def test_a_folder_named_identity_is_a_folder(kl_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(kl_folder, "identity")
+    assert load_autoencoder("identity").class_name == "AutoencoderKL"
+
+
 @pytest.mark.real_data
 def test_real_taesd_is_that_of_diffusers(shared):
     import diffusers

@@ -11,16 +11,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ldm.config import Config, RequestError, parse
-from ldm.denoiser import (
-    DenoiserConfig,
-    DiT,
-    TimestepEmbedding,
-    build_denoiser,
-    patchify,
-    position_embedding,
-    unpatchify,
-)
+from ldm.denoiser import DenoiserConfig, build_denoiser
 from ldm.diffusion import Diffusion, DiffusionConfig
+from ldm.dit import DiT, TimestepEmbedding, patchify, position_embedding, unpatchify
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = DenoiserConfig(hidden_size=32, depth=2, num_heads=2)
@@ -230,7 +223,7 @@ class Request(Config):
         ("denoiser.hidden_size=386", "denoiser.hidden_size=386: must be a multiple of 4; the nearest is 384"),
         (
             "denoiser.type=dti",
-            "denoiser.type=dti: is no denoiser; use dit, or your own class as package.module:Class",
+            "denoiser.type=dti: is no denoiser; use dit, unet, or your own class as package.module:Class",
         ),
         (
             "denoiser.options.width=8",

@@ -1,213 +1,372 @@
-"""DDIM against closed forms in float64, against diffusers, and the promises about seeds and guidance."""
+"""Samplers against closed forms in float64: exactness, order, seeds, guidance, rows of different plans in one batch."""
 
 import math
 from collections.abc import Callable
-from typing import get_args
+from itertools import pairwise
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor
 
 from ldm.config import RequestError
 from ldm.denoiser import DenoiserConfig, build_denoiser
 from ldm.diffusion import Diffusion, DiffusionConfig, alphas_cumprod
-from ldm.sampler import Spacing, ddim, guided, initial_noise, make_plan, step_noise
+from ldm.plan import SamplerConfig, SamplingPlan, make_plan
+from ldm.sampler import DenoiserFn, guided, initial_noise, sample_latents, step, step_noise, timesteps
 
-SPACINGS = get_args(Spacing)
 MEAN, STD = 0.3, 0.5  # the data of the oracle: every latent value is N(MEAN, STD^2)
+CENTRES, WIDTH = torch.tensor([-1.0, 0.2, 1.1], dtype=torch.float64), 0.3  # a mixture of equal parts
+FLOW = DiffusionConfig(schedule="flow")
 
 
-def gaussian_oracle(config: DiffusionConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The best possible denoiser for that data, in closed form."""
-    levels = alphas_cumprod(config)
+def plan_of(config: DiffusionConfig, steps: int, **settings: object) -> SamplingPlan:
+    return make_plan(config, SamplerConfig(num_inference_steps=steps, **settings))
+
+
+def oracle(config: DiffusionConfig, best_x0: Callable[[Tensor, Tensor, Tensor], Tensor]) -> DenoiserFn:
+    """The best possible denoiser, from E[x0 | x] at a signal and noise level."""
+    diffusion = Diffusion(config)
 
     def denoiser_fn(x: Tensor, t: Tensor) -> Tensor:
-        alpha = levels[t].reshape(-1, 1, 1, 1)
-        centred = (x - alpha.sqrt() * MEAN) / (alpha * STD**2 + 1 - alpha)
-        epsilon = (1 - alpha).sqrt() * centred
-        x0 = MEAN + alpha.sqrt() * STD**2 * centred
-        return epsilon if config.prediction_type == "epsilon" else alpha.sqrt() * epsilon - (1 - alpha).sqrt() * x0
+        signal, noise = diffusion.levels(t, x)
+        x0 = best_x0(x, signal, noise)
+        return diffusion.target(x0, (x - signal * x0) / noise, t)
 
     return denoiser_fn
 
 
-def closed_form(levels: list[float], timesteps: tuple[int, ...], eta: float) -> tuple[float, float]:
-    """Mean and variance of DDIM's result from N(0, 1), by the scalar recursion of equations 12 and 16."""
+def gaussian_x0(x: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+    return MEAN + signal * STD**2 * (x - signal * MEAN) / (signal**2 * STD**2 + noise**2)
+
+
+def mixture_x0(x: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+    variance = signal**2 * WIDTH**2 + noise**2
+    offsets = x[..., None] - signal[..., None] * CENTRES
+    parts = torch.softmax(-(offsets**2) / (2 * variance[..., None]), dim=-1)
+    return (parts * (CENTRES + (signal * WIDTH**2 / variance)[..., None] * offsets)).sum(dim=-1)
+
+
+def sampled_moments(config: DiffusionConfig, plan: SamplingPlan) -> tuple[float, float]:
+    """Mean and variance of the samples, without Monte Carlo: the map is affine, so unit impulses tell all.
+
+    Row 0 has no noise at all, row 1 has 1 as its initial noise, row 2 + i has 1 as the fresh noise of step i.
+    """
+    impulses = torch.eye(len(plan.steps) + 2, dtype=torch.float64)[:, 1:, None, None, None]
+    denoiser_fn = oracle(config, gaussian_x0)
+    x0 = sample_latents(denoiser_fn, impulses[:, 0], plan, noise_fn=lambda step: impulses[:, step + 1]).flatten()
+    return x0[0].item(), (x0[1:] - x0[0]).square().sum().item()
+
+
+def ddim_moments(levels: list[float], chosen: tuple[float, ...], eta: float | str) -> tuple[float, float]:
+    """The same by the scalar recursion of equations 12 and 16."""
     mean, variance = 0.0, 1.0
-    for i, t in enumerate(timesteps):
-        a = levels[t]
-        prev = levels[timesteps[i + 1]] if i + 1 < len(timesteps) else 1.0
-        sigma = eta * math.sqrt((1 - prev) / (1 - a)) * math.sqrt(1 - a / prev)
+    for i, t in enumerate(chosen):
+        last = i + 1 == len(chosen)
+        a, prev = levels[int(t)], 1.0 if last else levels[int(chosen[i + 1])]
+        scale = 1.0 if eta == "sigma_hat" else float(eta)
+        sigma = scale * math.sqrt((1 - prev) / (1 - a)) * math.sqrt(1 - a / prev)
         spread = a * STD**2 + 1 - a
         gain = (math.sqrt(prev * a) * STD**2 + math.sqrt((1 - prev - sigma**2) * (1 - a))) / spread
+        if eta == "sigma_hat":
+            sigma = 0.0 if last else math.sqrt(1 - a / prev)
         mean = math.sqrt(prev) * MEAN + gain * (mean - math.sqrt(a) * MEAN)
         variance = gain**2 * variance + sigma**2
     return mean, variance
 
 
-def sampled_moments(config: DiffusionConfig, steps: int, eta: float, spacing: Spacing) -> tuple[float, float]:
-    """The same from the sampler, without Monte Carlo: it is affine in its noises, so unit impulses tell all.
-
-    Row 0 has no noise at all, row 1 has 1 as its initial noise, row 2 + i has 1 as the fresh noise of step i.
-    """
-    impulses = torch.eye(steps + 2, dtype=torch.float64)[:, 1:]  # (rows, initial and each step)
-    shaped = impulses[:, :, None, None, None]
-    plan = make_plan(config, steps, eta=eta, spacing=spacing)
-    x0 = ddim(gaussian_oracle(config), shaped[:, 0], plan, noise_fn=lambda step: shaped[:, step + 1]).flatten()
-    return x0[0].item(), (x0[1:] - x0[0]).square().sum().item()
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("spacing", SPACINGS)
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("steps", [1, 7, 10, 30, 100])
-def test_gaussian_oracle_matches_the_closed_form(prediction_type, spacing, eta, steps) -> None:
-    for schedule in ("linear", "scaled_linear"):
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace", "quadratic"])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0, "sigma_hat"])
+def test_a_gaussian_matches_the_closed_form(prediction_type, spacing, eta) -> None:
+    for steps, schedule in ((1, "linear"), (7, "scaled_linear"), (30, "linear"), (100, "scaled_linear")):
         config = DiffusionConfig(schedule=schedule, prediction_type=prediction_type)
-        timesteps = make_plan(config, steps, spacing=spacing).timesteps
-        expected = closed_form(alphas_cumprod(config).tolist(), timesteps, eta)
-        assert sampled_moments(config, steps, eta, spacing) == pytest.approx(expected, abs=1e-10)
+        plan = plan_of(config, steps, eta=eta, spacing=spacing)
+        expected = ddim_moments(alphas_cumprod(config).tolist(), plan.timesteps, eta)
+        assert sampled_moments(config, plan) == pytest.approx(expected, abs=1e-10)
 
 
+@pytest.mark.parametrize("values", [{"schedule": "cosine"}, {"zero_terminal_snr": True}])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_gaussian_oracle_matches_at_every_timestep_of_the_cosine_schedule(eta: float) -> None:
-    config = DiffusionConfig(schedule="cosine", num_train_timesteps=300, prediction_type="v_prediction")
-    expected = closed_form(alphas_cumprod(config).tolist(), tuple(range(299, -1, -1)), eta)
-    assert sampled_moments(config, 300, eta, "trailing") == pytest.approx(expected, abs=1e-10)
+def test_a_gaussian_matches_from_pure_noise_at_every_timestep(values: dict, eta: float) -> None:
+    config = DiffusionConfig(num_train_timesteps=300, prediction_type="v_prediction", **values)
+    expected = ddim_moments(alphas_cumprod(config).tolist(), tuple(range(299, -1, -1)), eta)
+    assert sampled_moments(config, plan_of(config, 300, eta=eta)) == pytest.approx(expected, abs=1e-10)
 
 
-@pytest.mark.parametrize("spacing", SPACINGS)
-def test_the_error_halves_when_the_steps_double(spacing: Spacing) -> None:
-    """Deterministic DDIM is a first-order solver; its limit is the data's own deviation."""
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_a_gaussian_through_a_flow_matches_the_closed_form(shift: float) -> None:
+    """Euler and Heun of dx/dt = E[noise - x0 | x], which is affine in x, written out for the mean and the deviation."""
+    config = DiffusionConfig(schedule="flow", shift=shift)
+
+    def velocity(x: float, t: float) -> float:
+        best = MEAN + (1 - t) * STD**2 * (x - (1 - t) * MEAN) / ((1 - t) ** 2 * STD**2 + t**2)
+        return (x - (1 - t) * best) / t - best
+
+    for sampler in ("euler", "heun"):
+        for steps in (1, 2, 7, 50):
+            grid = [shift * i / steps / (1 + (shift - 1) * i / steps) for i in range(steps, -1, -1)]
+            ends = []
+            for start in (0.0, 1.0):
+                x = start
+                for now, after in pairwise(grid):
+                    first = velocity(x, now)
+                    moved = x + (after - now) * first
+                    if sampler == "heun" and after > 0:
+                        moved = x + (after - now) * (first + velocity(moved, after)) / 2
+                    x = moved
+                ends.append(x)
+            found = sampled_moments(config, plan_of(config, steps, sampler=sampler))
+            assert found == pytest.approx((ends[0], (ends[1] - ends[0]) ** 2), abs=1e-10)
+
+
+def test_a_gaussian_through_the_multistep_solver_matches_algorithm_2() -> None:
+    """DPM-Solver++(2M) as arXiv 2211.01095 writes it, on scalars; float64 of x0 by the oracle."""
+    config = DiffusionConfig(prediction_type="v_prediction")
+    levels = alphas_cumprod(config)
+    for steps in (1, 2, 7, 40):
+        plan = plan_of(config, steps, sampler="dpmpp_2m")
+        ends = []
+        for start in (0.0, 1.0):
+            x, buffer, h_before = torch.tensor(start, dtype=torch.float64), None, None
+            for i, t in enumerate(plan.timesteps):
+                alpha, sigma = levels[int(t)].sqrt(), (1 - levels[int(t)]).sqrt()
+                x0 = gaussian_x0(x, alpha, sigma)
+                if i + 1 == steps:
+                    x = x0
+                    break
+                alpha_next, sigma_next = (levels[int(plan.timesteps[i + 1])] * 1).sqrt(), None
+                sigma_next = (1 - alpha_next**2).sqrt()
+                h = (alpha_next / sigma_next).log() - (alpha / sigma).log()
+                if buffer is None:
+                    data = x0
+                else:
+                    r = h_before / h
+                    data = (1 + 1 / (2 * r)) * x0 - 1 / (2 * r) * buffer
+                x = sigma_next / sigma * x - alpha_next * torch.expm1(-h) * data
+                buffer, h_before = x0, h
+            ends.append(x.item())
+        found = sampled_moments(config, plan)
+        assert found == pytest.approx((ends[0], (ends[1] - ends[0]) ** 2), abs=1e-10)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_a_mixture_matches_a_high_precision_recursion(eta: float) -> None:
+    """The recursion of the paper in 50 decimal digits, mixture and all."""
+    from mpmath import exp, mp, mpf, sqrt
+
+    mp.dps = 50
+    config = DiffusionConfig()
+    plan = plan_of(config, 12, eta=eta)
+    generator = torch.Generator().manual_seed(0)
+    noises = torch.randn(13, 6, 1, 1, 1, dtype=torch.float64, generator=generator)
+    found = sample_latents(oracle(config, mixture_x0), noises[12], plan, noise_fn=lambda step: noises[step]).flatten()
+    levels, product = [], mpf(1)
+    for i in range(1000):
+        product *= 1 - (mpf("0.0001") + (mpf("0.02") - mpf("0.0001")) * i / 999)
+        levels.append(product)
+    for row in range(6):
+        x = mpf(noises[12, row].item())
+        for i, t in enumerate(plan.timesteps):
+            a, prev = levels[int(t)], levels[int(plan.timesteps[i + 1])] if i < 11 else mpf(1)
+            variance = a * mpf(WIDTH) ** 2 + 1 - a
+            offsets = [x - sqrt(a) * mpf(c.item()) for c in CENTRES]
+            parts = [exp(-(o**2) / (2 * variance)) for o in offsets]
+            best = [
+                mpf(c.item()) + sqrt(a) * mpf(WIDTH) ** 2 / variance * o for c, o in zip(CENTRES, offsets, strict=True)
+            ]
+            x0 = sum(p * b for p, b in zip(parts, best, strict=True)) / sum(parts)
+            sigma = mpf(eta) * sqrt((1 - prev) / (1 - a)) * sqrt(1 - a / prev)
+            epsilon = (x - sqrt(a) * x0) / sqrt(1 - a)
+            x = sqrt(prev) * x0 + sqrt(1 - prev - sigma**2) * epsilon + sigma * mpf(noises[i, row].item())
+        assert found[row].item() == pytest.approx(float(x), abs=1e-10)
+
+
+def errors_by_steps(config: DiffusionConfig, chosen: tuple[int, ...], **settings: object) -> list[float]:
+    """Max error on the mixture, against the same sampler with very many steps."""
+    denoiser_fn = oracle(config, mixture_x0)
+    noise = torch.linspace(-2, 2, 64, dtype=torch.float64).reshape(64, 1, 1, 1)
+    limit = sample_latents(denoiser_fn, noise, plan_of(config, 4 * chosen[-1], **settings))
+    found = [sample_latents(denoiser_fn, noise, plan_of(config, steps, **settings)) for steps in chosen]
+    return [(x - limit).abs().max().item() for x in found]
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "order"),
+    [
+        (DiffusionConfig(schedule="cosine", prediction_type="v_prediction", num_train_timesteps=6400), {}, 1),
+        (FLOW, {"sampler": "euler"}, 1),
+        (FLOW, {"sampler": "heun"}, 2),
+    ],
+)
+def test_samplers_converge_at_their_order(config, settings, order) -> None:
+    """The error against the limit falls by 2^order when the steps double."""
+    errors = errors_by_steps(config, (25, 50, 100), **settings)
+    rates = [math.log2(one / other) for one, other in pairwise(errors)]
+    assert rates == pytest.approx([order, order], abs=0.35), (errors, rates)
+
+
+def test_the_multistep_solver_converges_at_second_order() -> None:
+    """To a picture with some noise left: into the clean one, where log(SNR) has no end, its step is of first order."""
+    config = DiffusionConfig(schedule="cosine", prediction_type="v_prediction", num_train_timesteps=25600)
+    denoiser_fn = oracle(config, mixture_x0)
+    noise = torch.linspace(-2, 2, 64, dtype=torch.float64).reshape(64, 1, 1, 1)
+
+    def run(steps: int) -> Tensor:
+        """From t = 3/4 T to T/4, a whole number of steps for each of these counts."""
+        plan = plan_of(config, steps, sampler="dpmpp_2m", spacing="leading")
+        kept = [row for row in plan.steps if 6400 < row.t <= 19200]
+        kept[0] = kept[0]._replace(x0_weight=kept[0].signal_prev, history_weight=0.0)  # nothing came before
+        return sample_latents(denoiser_fn, noise, SamplingPlan(tuple(kept), config.prediction_type, len(kept)))
+
+    limit = run(1600)
+    errors = [(run(steps) - limit).abs().max().item() for steps in (100, 200, 400)]
+    rates = [math.log2(one / other) for one, other in pairwise(errors)]
+    assert rates == pytest.approx([2, 2], abs=0.35), (errors, rates)
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading", "linspace"])
+def test_the_limit_is_the_data(spacing: str) -> None:
+    """Deterministic DDIM's deviation comes to the data's own, at first order."""
     config = DiffusionConfig(schedule="cosine", prediction_type="v_prediction", num_train_timesteps=4000)
-    errors = [STD - sampled_moments(config, steps, 0.0, spacing)[1] ** 0.5 for steps in (50, 100, 200)]
+    found = [sampled_moments(config, plan_of(config, steps, spacing=spacing))[1] for steps in (50, 100, 200)]
+    errors = [STD - variance**0.5 for variance in found]
     assert 0 < errors[2] < 0.01
     assert [errors[1] / errors[0], errors[2] / errors[1]] == pytest.approx([0.5, 0.5], abs=0.03)
 
 
-def test_eta_one_at_every_timestep_is_ddpm_with_the_posterior_variance() -> None:
+def test_ddpm_and_ddim_with_eta_one_are_ho_et_al_s_algorithm_2() -> None:
     config = DiffusionConfig(num_train_timesteps=60, beta_start=0.005, beta_end=0.25)
     levels = alphas_cumprod(config)
     betas = 1 - levels / torch.cat([torch.ones(1, dtype=torch.float64), levels[:-1]])
-    generator = torch.Generator().manual_seed(0)
-    noises = torch.randn(61, 5, 1, 2, 2, dtype=torch.float64, generator=generator)
+    noises = torch.randn(61, 5, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
     def answer(x: Tensor, t: Tensor) -> Tensor:  # any nonlinear denoiser will do
         return torch.tanh(x) + t.reshape(-1, 1, 1, 1) / 60
 
-    x = noises[60]
-    for t in reversed(range(60)):  # Ho et al. 2020, algorithm 2 with sigma^2 = beta~, equation 7
-        epsilon = answer(x, torch.full((5,), t))
-        mean = (x - betas[t] / (1 - levels[t]).sqrt() * epsilon) / (1 - betas[t]).sqrt()
-        previous = levels[t - 1] if t else torch.ones((), dtype=torch.float64)
-        x = mean + ((1 - previous) / (1 - levels[t]) * betas[t]).sqrt() * noises[t]
+    def by_the_paper(large: bool) -> Tensor:
+        x = noises[60]
+        for t in reversed(range(60)):
+            epsilon = answer(x, torch.full((5,), t))
+            mean = (x - betas[t] / (1 - levels[t]).sqrt() * epsilon) / (1 - betas[t]).sqrt()
+            previous = levels[t - 1] if t else torch.ones((), dtype=torch.float64)
+            small = (1 - previous) / (1 - levels[t]) * betas[t]
+            x = mean + (betas[t] if large and t else small).sqrt() * noises[t]
+        return x
 
-    ours = ddim(answer, noises[60], make_plan(config, 60, eta=1.0), noise_fn=lambda step: noises[59 - step])
-    torch.testing.assert_close(ours, x, rtol=0, atol=1e-10)
+    def ours(**settings: object) -> Tensor:
+        return sample_latents(answer, noises[60], plan_of(config, 60, **settings), noise_fn=lambda i: noises[59 - i])
 
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-@pytest.mark.parametrize("steps", [1, 10, 50, 250])
-def test_equals_diffusers_where_it_follows_the_paper(prediction_type: str, eta: float, steps: int) -> None:
-    """Leading, S dividing T: there diffusers' `step` takes the same stride as its timesteps. In float64."""
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        clip_sample=False,
-        set_alpha_to_one=True,
-        steps_offset=0,
-        timestep_spacing="leading",
-    )
-    scheduler.set_timesteps(steps)
-    config = DiffusionConfig(schedule="scaled_linear", prediction_type=prediction_type)
-    scheduler.alphas_cumprod = alphas_cumprod(config)  # theirs is the same in float32: see test_diffusion.py
-    plan = make_plan(config, steps, eta=eta, spacing="leading")
-    assert list(plan.timesteps) == scheduler.timesteps.tolist()
-
-    def answer(x: Tensor, t: Tensor) -> Tensor:
-        return torch.tanh(x + t.reshape(-1, 1, 1, 1) / 1000)
-
-    noises = torch.randn(steps + 1, 3, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x = noises[steps]
-    for step, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(answer(x, t.expand(3)), int(t), x, eta=eta, variance_noise=noises[step]).prev_sample
-    torch.testing.assert_close(ddim(answer, noises[steps], plan, noise_fn=lambda i: noises[i]), x, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("total", [1000, 37])
-def test_plans_have_exactly_the_asked_number_of_steps(total: int) -> None:
-    config = DiffusionConfig(schedule="cosine", prediction_type="v_prediction", num_train_timesteps=total)
-    for steps in (n for n in (1, 2, 3, 7, 30, 36, 37, 62, 250, 300, 333, 999, 1000) if n <= total):
-        for spacing in SPACINGS:
-            plan = make_plan(config, steps, spacing=spacing)
-            assert plan.num_inference_steps == steps == len(plan.sigmas)
-            assert all(a > b for a, b in zip(plan.timesteps, plan.timesteps_prev, strict=True))
-            assert plan.timesteps[-1] >= 0 and plan.timesteps[0] <= total - 1
-            assert plan.timesteps_prev == (*plan.timesteps[1:], -1)
-            assert plan.alphas_cumprod_prev == (*plan.alphas_cumprod[1:], 1.0)
-        assert make_plan(config, steps, spacing="trailing").timesteps[0] == total - 1
-        assert make_plan(config, steps, spacing="linspace").timesteps[0] == total - 1
-        assert make_plan(config, steps, spacing="leading").timesteps[-1] == 0
-
-
-def test_known_spacings() -> None:
-    config = DiffusionConfig()
-    assert make_plan(config, 4, spacing="trailing").timesteps == (999, 749, 499, 249)
-    assert make_plan(config, 4, spacing="leading").timesteps == (750, 500, 250, 0)
-    assert make_plan(config, 4, spacing="linspace").timesteps == (999, 666, 333, 0)
-    # where S does not divide T: rounded to the nearest, and still exactly S
-    assert make_plan(config, 3, spacing="trailing").timesteps == (999, 666, 332)
-    assert make_plan(config, 3, spacing="leading").timesteps == (666, 333, 0)
-    assert make_plan(config, 4) == make_plan(config, 4, spacing="trailing")
-
-
-def test_epsilon_on_the_cosine_schedule_does_not_start_where_nothing_is_left() -> None:
-    config = DiffusionConfig(schedule="cosine", prediction_type="epsilon")
-    assert make_plan(config, 50) == make_plan(config, 50, spacing="leading")
-    with pytest.raises(RequestError, match=r"spacing=trailing: starts at t=999, .*; use leading"):
-        make_plan(config, 50, spacing="trailing")
-    with pytest.raises(RequestError, match="at most 500"):
-        make_plan(config, 1000)
-    make_plan(config, 500)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"num_inference_steps": 1001}, "num_inference_steps=1001: must be 1 to 1000"),
-        ({"num_inference_steps": 0}, "num_inference_steps=0: must be 1 to 1000"),
-        ({"num_inference_steps": 10, "eta": 1.5}, "eta=1.5: must be from 0"),
-        ({"num_inference_steps": 10, "eta": math.nan}, "eta=nan: must be from 0"),
-        ({"num_inference_steps": 10, "spacing": "quad"}, "spacing=quad: unknown; use trailing"),
-    ],
-)
-def test_impossible_plans_are_refused(arguments: dict, words: str) -> None:
-    with pytest.raises(RequestError, match=words):
-        make_plan(DiffusionConfig(), **arguments)
+    for settings in ({"sampler": "ddpm"}, {"eta": 1.0}):
+        torch.testing.assert_close(ours(**settings), by_the_paper(large=False), rtol=0, atol=1e-10)
+    for sampler in ("ddpm", "ddim"):
+        found = ours(sampler=sampler, eta="sigma_hat")
+        torch.testing.assert_close(found, by_the_paper(large=True), rtol=0, atol=1e-10)
 
 
 def test_fresh_noise_is_needed_only_for_eta_above_zero() -> None:
     noise = torch.zeros(1, 1, 2, 2)
-    ddim(lambda x, t: x, noise, make_plan(DiffusionConfig(), 3))
+    sample_latents(lambda x, t: x, noise, plan_of(DiffusionConfig(), 3))
     with pytest.raises(ValueError, match="noise_fn"):
-        ddim(lambda x, t: x, noise, make_plan(DiffusionConfig(), 3, eta=0.5))
+        sample_latents(lambda x, t: x, noise, plan_of(DiffusionConfig(), 3, eta=0.5))
 
 
 def test_progress_counts_the_steps_and_the_denoiser_sees_the_timesteps() -> None:
     seen: list[int] = []
-    timesteps: list[list[int]] = []
+    told: list[Tensor] = []
 
     def answer(x: Tensor, t: Tensor) -> Tensor:
-        timesteps.append(t.tolist())
+        told.append(t)
         return x
 
-    ddim(answer, torch.zeros(2, 1, 2, 2), make_plan(DiffusionConfig(), 4), progress=seen.append)
+    sample_latents(answer, torch.zeros(2, 1, 2, 2), plan_of(DiffusionConfig(), 4), progress=seen.append)
     assert seen == [1, 2, 3, 4]
-    assert timesteps == [[999, 999], [749, 749], [499, 499], [249, 249]]
+    assert [t.tolist() for t in told] == [[999, 999], [749, 749], [499, 499], [249, 249]]
+    assert all(t.dtype == torch.int64 for t in told)
+    told.clear()
+    sample_latents(answer, torch.zeros(1, 1, 2, 2), plan_of(FLOW, 2, sampler="heun"))
+    assert [t.tolist() for t in told] == [[1000], [500], [500]] and told[0].dtype == torch.float32
+
+
+def test_static_thresholding_bounds_x0_and_keeps_x_t_whole() -> None:
+    config = DiffusionConfig(prediction_type="sample")
+    plan = plan_of(config, 5, clip_x0=0.5)
+    x = torch.randn(3, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    row = plan.steps[2]
+    moved, x0 = step(2 * x, x, row, "sample")
+    assert torch.equal(x0, (2 * x).clamp(-0.5, 0.5)) and x0.abs().max() == 0.5
+    epsilon = (x - row.signal * x0) / row.noise
+    torch.testing.assert_close(moved, row.signal_prev * x0 + row.noise_prev * epsilon, rtol=0, atol=1e-12)
+
+
+def noisy_denoiser() -> torch.nn.Module:
+    denoiser = build_denoiser(
+        DenoiserConfig(hidden_size=64, depth=2, num_heads=4), in_channels=4, sample_size=(8, 8), num_classes=10
+    )
+    generator = torch.Generator().manual_seed(0)
+    for parameter in denoiser.parameters():  # a fresh DiT answers 0, which would prove nothing
+        parameter.data.normal_(std=0.1, generator=generator)
+    return denoiser
+
+
+SAMPLERS = [
+    (DiffusionConfig(), {"eta": 0.0}),
+    (DiffusionConfig(), {"eta": 1.0}),
+    (DiffusionConfig(), {"sampler": "dpmpp_2m", "clip_x0": 2.0}),
+    (FLOW, {"sampler": "heun"}),
+]
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+@pytest.mark.parametrize(("config", "settings"), SAMPLERS)
+def test_a_seed_gives_the_same_bits_in_any_row_of_one_batch_shape(guidance_scale, config, settings) -> None:
+    denoiser, plan = noisy_denoiser(), plan_of(config, 5, **settings)
+
+    def sample(seeds: list[int], labels: list[int]) -> Tensor:
+        seed_tensor = torch.tensor(seeds)
+        denoiser_fn = guided(denoiser, torch.tensor(labels), guidance_scale, null_label=10, rescale=0.5)
+        noise = initial_noise(seed_tensor, (4, 8, 8))
+        return sample_latents(denoiser_fn, noise, plan, noise_fn=step_noise(seed_tensor, (4, 8, 8)))
+
+    first = sample([7, 1, 2, 3, 4], [3, 0, 1, 2, 9])
+    for row in range(5):
+        seeds, labels = [100 + row] * 5, [row] * 5
+        seeds[row], labels[row] = 7, 3
+        assert torch.equal(sample(seeds, labels)[row], first[0])
+    assert not torch.equal(first[0], first[1])
+    alone = sample([7], [3])[0]  # another batch shape: other kernels, other last bits
+    assert (alone - first[0]).abs().max() <= 1e-4 * first[0].abs().max()
+
+
+def test_rows_at_different_steps_of_different_plans_share_a_batch() -> None:
+    """What a step-level server does: each row goes on by itself, and gets the bits that it gets alone."""
+    config, shape = DiffusionConfig(), (4, 8, 8)
+    plans = [
+        plan_of(config, 6),
+        plan_of(config, 4, eta=1.0, clip_x0=1.0),
+        plan_of(config, 5, sampler="dpmpp_2m"),
+        plan_of(config, 3, profile="diffusers", spacing="linspace", eta=0.5, clip_x0=0.5),
+    ]
+    noise, fresh = initial_noise(torch.arange(4), shape), step_noise(torch.arange(4), shape)
+
+    def answer(x: Tensor, t: Tensor) -> Tensor:  # elementwise, so that only the sampler is compared
+        return torch.tanh(x + t.reshape(-1, 1, 1, 1) / 1000)
+
+    alone = [
+        sample_latents(answer, noise[i : i + 1], plan, noise_fn=lambda k, i=i: fresh(k)[i : i + 1])
+        for i, plan in enumerate(plans)
+    ]
+    x, x0 = noise, torch.zeros_like(noise)
+    at, finished = [0, 0, -1, -2], {}  # the last two join one and two rounds later
+    while len(finished) < 4:
+        active = [i for i in range(4) if at[i] >= 0 and i not in finished]
+        rows = [plans[i].steps[at[i]] for i in active]
+        drawn = torch.stack([fresh(at[i])[i] for i in active])
+        output = answer(x[active], timesteps(rows, x))
+        moved, predicted = step(output, x[active], rows, "epsilon", x0_before=x0[active], noise=drawn)
+        x[active], x0[active] = moved, predicted
+        at = [k + 1 for k in at]
+        finished |= {i: x[i].clone() for i in active if at[i] == len(plans[i].steps)}
+    assert all(torch.equal(finished[i], alone[i][0]) for i in range(4))
 
 
 def test_guidance_is_one_call_of_conditional_and_null_rows() -> None:
@@ -218,13 +377,33 @@ def test_guidance_is_one_call_of_conditional_and_null_rows() -> None:
         calls.append(labels.tolist())
         return labels.reshape(-1, 1, 1, 1) * torch.ones_like(x)
 
-    x, t, labels = torch.zeros(2, 1, 2, 2), torch.zeros(2, dtype=torch.long), torch.tensor([1, 2])
+    x, t, labels = torch.zeros(2, 1, 2, 2), torch.tensor([100, 900]), torch.tensor([1, 2])
     values = guided(denoiser, labels, 3.0, null_label=10)(x, t)[:, 0, 0, 0]
     assert calls == [[1, 2, 10, 10]]
     assert values.tolist() == [10 + 3 * (1 - 10), 10 + 3 * (2 - 10)]
     assert guided(denoiser, labels, 0.0, null_label=10)(x, t)[:, 0, 0, 0].tolist() == [10, 10]
     assert guided(denoiser, labels, 1.0, null_label=10)(x, t)[:, 0, 0, 0].tolist() == [1, 2]
     assert calls[-1] == [1, 2]
+    # only the row inside the interval is guided, and a batch wholly outside is one call of N rows
+    low = guided(denoiser, labels, 3.0, null_label=10, interval=(0, 500))
+    assert low(x, t)[:, 0, 0, 0].tolist() == [10 + 3 * (1 - 10), 2]
+    assert low(x, t + 500)[:, 0, 0, 0].tolist() == [1, 2] and calls[-1] == [1, 2]
+
+
+def test_guidance_rescale_keeps_the_deviation_of_the_conditional_answer() -> None:
+    base = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    def denoiser(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        return torch.where(labels.reshape(-1, 1, 1, 1) == 10, -x, 2 * x)
+
+    x, t, labels = base, torch.zeros(2, dtype=torch.long), torch.tensor([1, 2])
+    plain = guided(denoiser, labels, 5.0, 10)(x, t)
+    torch.testing.assert_close(plain, 14 * x)
+    whole = guided(denoiser, labels, 5.0, 10, rescale=1.0)(x, t)
+    torch.testing.assert_close(whole.std(dim=(1, 2, 3)), (2 * x).std(dim=(1, 2, 3)))
+    part = guided(denoiser, labels, 5.0, 10, rescale=0.7)(x, t)
+    torch.testing.assert_close(part, 0.7 * whole + 0.3 * plain)
 
 
 def test_an_unconditional_denoiser_cannot_be_guided() -> None:
@@ -238,30 +417,6 @@ def test_an_unconditional_denoiser_cannot_be_guided() -> None:
         guided(denoiser, None, 2.0, None)
 
 
-@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_seed_gives_the_same_bits_in_any_row_of_one_batch_shape(guidance_scale: float, eta: float) -> None:
-    config = DenoiserConfig(hidden_size=64, depth=2, num_heads=4)
-    denoiser = build_denoiser(config, in_channels=4, sample_size=(8, 8), num_classes=10)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in denoiser.parameters():  # a fresh DiT answers 0, which would prove nothing
-        parameter.data.normal_(std=0.1, generator=generator)
-    plan = make_plan(DiffusionConfig(), 5, eta=eta)
-
-    def sample(seeds: list[int], labels: list[int]) -> Tensor:
-        seed_tensor = torch.tensor(seeds)
-        denoiser_fn = guided(denoiser, torch.tensor(labels), guidance_scale, null_label=10)
-        noise = initial_noise(seed_tensor, (4, 8, 8))
-        return ddim(denoiser_fn, noise, plan, noise_fn=step_noise(seed_tensor, (4, 8, 8)))
-
-    first = sample([7, 1, 2, 3, 4], [3, 0, 1, 2, 9])
-    for row in range(5):
-        seeds, labels = [100 + row] * 5, [row] * 5
-        seeds[row], labels[row] = 7, 3
-        assert torch.equal(sample(seeds, labels)[row], first[0])
-    assert not torch.equal(first[0], first[1])
-
-
 def test_noise_depends_on_seed_and_step_alone() -> None:
     seeds, shape = torch.tensor([5, 2**40 + 5, 6]), (1, 2, 2)
     noise, fresh = initial_noise(seeds, shape), step_noise(seeds, shape)
@@ -271,16 +426,19 @@ def test_noise_depends_on_seed_and_step_alone() -> None:
     assert torch.equal(step_noise(seeds[:1], shape)(1), fresh(1)[:1])
 
 
-def test_sampling_inverts_the_forward_process_for_a_perfect_denoiser() -> None:
-    """A denoiser that knows the one picture there is leads to it from any noise, in any number of steps."""
+@pytest.mark.parametrize(
+    ("config", "settings"),
+    [
+        (DiffusionConfig(prediction_type="v_prediction"), {}),
+        (DiffusionConfig(prediction_type="v_prediction"), {"sampler": "dpmpp_2m"}),
+        (DiffusionConfig(prediction_type="sample", zero_terminal_snr=True), {}),
+        (FLOW, {}),
+        (FLOW, {"sampler": "heun"}),
+    ],
+)
+def test_a_denoiser_that_knows_the_one_picture_leads_to_it(config, settings) -> None:
     picture = torch.randn(1, 2, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    diffusion = Diffusion(DiffusionConfig(prediction_type="v_prediction"))
-
-    def answer(x: Tensor, t: Tensor) -> Tensor:
-        alpha = diffusion.alphas_cumprod[t].reshape(-1, 1, 1, 1)
-        epsilon = (x - alpha.sqrt() * picture) / (1 - alpha).sqrt()
-        return alpha.sqrt() * epsilon - (1 - alpha).sqrt() * picture
-
+    answer = oracle(config, lambda x, signal, noise: picture)
     for steps in (1, 3, 50):
-        x0 = ddim(answer, torch.ones(1, 2, 4, 4, dtype=torch.float64), make_plan(diffusion.config, steps))
+        x0 = sample_latents(answer, torch.ones(1, 2, 4, 4, dtype=torch.float64), plan_of(config, steps, **settings))
         torch.testing.assert_close(x0, picture, rtol=0, atol=1e-9)

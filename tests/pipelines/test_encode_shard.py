@@ -5,10 +5,11 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from ldm import storage
+from ldm import images, storage
 from ldm.autoencoder import load_autoencoder
 from ldm.config import RequestError
 from ldm.latents.dataset import LatentDataset
@@ -164,6 +165,19 @@ def test_a_deterministic_autoencoder_and_the_mean_alone(source, vae, tmp_path, s
     receipt = encode_here(settings, "train-00000")
     side = SIZE // load_autoencoder(vae).factor
     assert [output.shape for output in receipt.outputs] == [(4, side, side)] and receipt.accounting.encoded == 20
+
+
+def test_without_an_autoencoder_the_pixels_are_the_latents(source, tmp_path):
+    settings = config(source, tmp_path / "latents", "identity", source=f"{source}/train-00000.tar")
+    todo, receipt = plan(settings), encode_here(settings, "train-00000")
+    assert [output.shape for output in receipt.outputs] == [(3, SIZE, SIZE)] and receipt.accounting.encoded == 20
+    assert todo.fingerprint["autoencoder"]["class"] == "IdentityAutoencoder"
+    commit_generation(settings.destination, [receipt], todo.fingerprint, 3, 1)
+    data = LatentDataset(settings.destination, global_batch_size=20)
+    assert data.latent_shape == (3, SIZE, SIZE)
+    shown = load_autoencoder(f"{settings.destination}/autoencoder").decode(data.all().moments)
+    pictures = [images.decode(sample.members["png"], SIZE)[0] for sample in ShardReader(str(settings.source))]
+    assert np.array_equal(shown.numpy(), np.stack(pictures))
 
 
 def test_a_latent_beyond_fp16_is_quarantined(source, tmp_path):

@@ -23,8 +23,9 @@ from PIL import Image
 
 from ldm import images
 from ldm.config import RequestError
+from ldm.drawing import PictureSampler, load_sampler
 from ldm.latents.manifest import Conditioning
-from ldm.sampling import PictureSampler, load_sampler
+from ldm.plan import SamplerConfig
 from ldm.snapshot import read_snapshot
 from pipelines import serve
 from pipelines.serve.app import Engine, create_app
@@ -57,7 +58,7 @@ def client(endpoint: str) -> Iterator[httpx.Client]:
 
 
 def offline(sampler: PictureSampler, labels: list[int], seeds: list[int]) -> npt.NDArray[np.uint8]:
-    return sampler.draw(torch.tensor(labels), torch.tensor(seeds), **SETTINGS).numpy()
+    return sampler.draw(torch.tensor(labels), torch.tensor(seeds), SamplerConfig(**SETTINGS)).numpy()
 
 
 def in_process(engine: Engine, snapshot: str) -> httpx.AsyncClient:

@@ -14,13 +14,16 @@ import pytest
 import torch
 
 from ldm import storage
-from ldm.autoencoder import Autoencoder
-from ldm.config import RequestError, parse
+from ldm.autoencoder import Autoencoder, load_autoencoder
+from ldm.config import RequestError, parse, validate
+from ldm.denoiser import DenoiserConfig
 from ldm.latents.dataset import LatentDataset
+from ldm.latents.manifest import Conditioning
 from ldm.sampling import SampleConfig, sample
 from ldm.snapshot import read_snapshot
 from pipelines.train import TrainConfig, TrainReport, plan, train
 from pipelines.train.checkpoint import newest_checkpoint, read_full
+from tests.ldm.exchanging import write
 from tests.pictures import kl_model, latent_dataset
 
 SMALL: dict[str, Any] = {
@@ -319,3 +322,43 @@ def _is_worker(process: psutil.Process) -> bool:
         return process.cmdline()[0].startswith("ray::RayTrainWorker")
     except (psutil.Error, IndexError):
         return False
+
+
+@pytest.mark.ray
+def test_a_unet_trains_from_a_snapshot_of_other_classes(
+    latents: str, ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The U-Net through train, snapshot and sample; `init_from` with five classes where these latents have three."""
+    unet = {"model_channels": 8, "channel_multipliers": [1, 2], "attention_resolutions": [2]}
+    denoiser = {"type": "unet", "unet": {**unet, "head_channels": 8, "norm_groups": 4}}
+    autoencoder = str(Path(latents) / "autoencoder")
+    before = write(
+        tmp_path / "before",
+        load_autoencoder(autoencoder),
+        autoencoder,
+        denoiser_config=validate(DenoiserConfig, denoiser),
+        conditioning=Conditioning("class", 5),
+        latent_shape=(4, 2, 2),
+    )
+    options = {"denoiser": denoiser, "max_steps": 2, "num_workers": 1, "init_from": before, "learning_rate": 1e-12}
+    report = train(config(latents, tmp_path / "run", **options))
+    said = "train: init_from: 5 classes become 3: the rows of classes 0 to 2 and of the null class are kept"
+    assert said in capsys.readouterr().err
+    old, new = (read_snapshot(url).load_denoiser().state_dict() for url in (before, report.snapshot))
+    old["unet.class_embedding.weight"] = old["unet.class_embedding.weight"][[0, 1, 2, 5]]
+    torch.testing.assert_close(new, old, rtol=0, atol=1e-6)
+    drawn = SampleConfig(snapshot=report.snapshot, output=str(tmp_path / "samples"), num_images=3, batch_size=3)
+    assert sample(drawn.model_copy(update={"num_inference_steps": 2, "guidance_scale": 2.0})).images == 3
+    assert plan(config(latents, tmp_path / "run", **options)).notes == ()  # it goes on from its own
+
+
+@pytest.mark.ray
+def test_a_run_that_is_older_than_an_option_goes_on(latents: str, uninterrupted: Run, tmp_path: Path) -> None:
+    output = uninterrupted.rewound(tmp_path / "run")
+    record = storage.read_json(str(output / "run.json"))
+    for key in ("unet", "qk_norm", "timestep_frequencies"):
+        del record["trajectory"]["denoiser"][key]
+    storage.write_json(str(output / "run.json"), record)
+    assert plan(config(latents, output)).checkpoint is not None
+    with pytest.raises(RequestError, match=r"other settings \(denoiser.qk_norm: false != true\)"):
+        plan(config(latents, output, denoiser={"qk_norm": True}))
