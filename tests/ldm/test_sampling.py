@@ -305,6 +305,12 @@ def test_a_flow_snapshot_samples_and_edits(kl, kl_folder, files, tmp_path, sampl
         drawn(url, tmp_path / "c", sampler="ddim")
 
 
+def test_bf16_draws_nearly_the_same_pictures(snapshot, tmp_path):
+    exact = drawn(snapshot, tmp_path / "a", num_images=4).float()
+    half = drawn(snapshot, tmp_path / "b", num_images=4, precision="bf16").float()
+    assert 0 < (half - exact).abs().mean() < 4
+
+
 def test_pixel_diffusion_is_the_same_pipeline(files, tmp_path):
     identity, place = load_autoencoder("identity"), str(tmp_path / "identity")
     identity.save(place)

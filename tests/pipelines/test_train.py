@@ -15,11 +15,13 @@ import torch
 
 from ldm import storage
 from ldm.autoencoder import Autoencoder
-from ldm.config import RequestError, parse
+from ldm.config import RequestError, parse, validate
 from ldm.sampling import SampleConfig, sample
 from ldm.snapshot import read_snapshot
 from pipelines.train import TrainConfig, TrainReport, plan, train
 from pipelines.train.checkpoint import newest_checkpoint, read_full
+from pipelines.train.config import trajectory
+from pipelines.train.run import RUN_FILE, _read_record
 from tests.pictures import kl_model, latent_dataset
 
 SMALL: dict[str, Any] = {
@@ -234,6 +236,18 @@ def test_a_wrong_request_is_refused_before_any_work(
         train(config(**{"latents": latents, "output": tmp_path / "run", **changes}))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_before_a_key_existed_goes_on_with_its_default(tmp_path: Path) -> None:
+    asked = config(str(tmp_path / "latents"), tmp_path / "run")
+    record = trajectory(asked)
+    for newer in ("zero_terminal_snr", "loss_weighting", "shift"):
+        del record["diffusion"][newer]
+    storage.write_json(f"{tmp_path}/run/{RUN_FILE}", {"trajectory": record, "generation": "g"})
+    assert _read_record(asked, "a checkpoint") is not None
+    changed = validate(TrainConfig, {**asked.model_dump(), "diffusion": {"loss_weighting": "min_snr"}})
+    with pytest.raises(RequestError, match=r"other settings \(diffusion.loss_weighting: none != min_snr\)"):
+        _read_record(changed, "a checkpoint")
 
 
 @pytest.mark.ray
