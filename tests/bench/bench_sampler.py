@@ -76,7 +76,10 @@ def report(seconds: dict[str, list[float]]) -> None:
 
 
 def ddim_beside_ddpm() -> None:
-    """One picture by DDIM-50 and by DDPM-1000. The thousand steps run in twenty parts, each beside a whole DDIM-50."""
+    """One picture by DDIM-50 and by DDPM-1000, without guidance.
+
+    The thousand steps run in twenty parts, each beside a whole DDIM-50.
+    """
     denoiser = dit()
     plans = {
         "ddim": make_plan(DiffusionConfig(), SamplerConfig(num_inference_steps=50)),
@@ -88,7 +91,7 @@ def ddim_beside_ddpm() -> None:
             first = 50 * max(0, i - 1) if name == "ddpm" else 0
             steps = plan.steps[first : first + 50]
             started = time.perf_counter()
-            ours(denoiser, SamplingPlan(steps, plan.prediction_type, len(steps)), pictures=1)
+            ours(denoiser, SamplingPlan(steps, plan.prediction_type, len(steps)), pictures=1, guidance_scale=1.0)
             if i:  # the first of each warms up
                 seconds[name].append(time.perf_counter() - started)
     ddim = statistics.median(seconds["ddim"])
@@ -105,11 +108,13 @@ def dit() -> nn.Module:
     return denoiser.eval().requires_grad_(False).bfloat16()
 
 
-def ours(denoiser: Callable[..., Tensor], plan: SamplingPlan, pictures: int = PICTURES) -> Tensor:
+def ours(
+    denoiser: Callable[..., Tensor], plan: SamplingPlan, pictures: int = PICTURES, guidance_scale: float = 4.0
+) -> Tensor:
     def in_bf16(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
         return denoiser(x.bfloat16(), t, labels)
 
-    guide = guided(in_bf16, LABELS[:pictures], 4.0, CLASSES)
+    guide = guided(in_bf16, LABELS[:pictures], guidance_scale, CLASSES)
     noise = NOISE[:pictures]
     return sample_latents(guide, noise, plan, noise_fn=lambda step: noise)
 
