@@ -271,7 +271,7 @@ def test_every_task_gives_a_picture_that_does_not_depend_on_its_neighbours(snaps
         ({"task": "reconstruct", "pictures": "pictures", "eta": 1}, "^task=reconstruct: inverts pictures.*use eta=0"),
         ({"task": "variations", "pictures": "pictures", "sampler": "dpmpp_2m"}, "^task=variations: inverts pictures"),
         ({"task": "reconstruct", "pictures": "broken.png"}, "^pictures=.*broken.png: cannot be read as a picture"),
-        ({"task": "reconstruct", "pictures": "absent.png"}, "^pictures=absent.png"),
+        ({"task": "reconstruct", "pictures": "absent.png"}, "^pictures=absent.png: does not exist; give pictures, or"),
         ({"task": "inpaint", "pictures": "pictures", "mask": "black.png"}, "^mask=black.png: is black"),
         ({"task": "inpaint", "pictures": "pictures", "mask": "dot.png", "mask_blur": 2}, "fades out at mask_blur=2"),
     ],
