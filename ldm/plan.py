@@ -36,7 +36,9 @@ class SamplerConfig(Config):
         description="of ddim, 0 to 1. 0: deterministic; 1: as much noise as DDPM; sigma_hat: DDPM's larger variance",
     )
     spacing: Spacing | None = Field(
-        None, description="of the timesteps; null: trailing, but leading for epsilon on a schedule that ends in noise"
+        None,
+        description="of the timesteps; null: trailing, but leading for epsilon on a schedule that ends in noise, and "
+        "with profile=diffusers",
     )
     steps_offset: int = Field(0, ge=0, description="added to each timestep; 1 with leading: CompVis LDM")
     final_alpha_cumprod: Literal["one", "first"] = Field(

@@ -219,7 +219,10 @@ def _find_pictures(config: SampleConfig) -> tuple[str, ...]:
         if storage.is_directory(text):
             found += [storage.join(text, name) for name in storage.list_dir(text)]
         else:
-            found += storage.expand(text, "pictures")
+            try:
+                found += storage.expand(text, "pictures")
+            except RequestError as error:  # which advises a tar
+                raise RequestError(f"{str(error).split('; give')[0]}; give pictures, or a folder of them") from None
     return tuple(found)
 
 

@@ -271,7 +271,7 @@ def test_every_task_gives_a_picture_that_does_not_depend_on_its_neighbours(snaps
         ({"task": "reconstruct", "pictures": "pictures", "eta": 1}, "^task=reconstruct: inverts pictures.*use eta=0"),
         ({"task": "variations", "pictures": "pictures", "sampler": "dpmpp_2m"}, "^task=variations: inverts pictures"),
         ({"task": "reconstruct", "pictures": "broken.png"}, "^pictures=.*broken.png: cannot be read as a picture"),
-        ({"task": "reconstruct", "pictures": "absent.png"}, "^pictures=absent.png"),
+        ({"task": "reconstruct", "pictures": "absent.png"}, "^pictures=absent.png: does not exist; give pictures, or"),
         ({"task": "inpaint", "pictures": "pictures", "mask": "black.png"}, "^mask=black.png: is black"),
         ({"task": "inpaint", "pictures": "pictures", "mask": "dot.png", "mask_blur": 2}, "fades out at mask_blur=2"),
     ],
@@ -303,6 +303,12 @@ def test_a_flow_snapshot_samples_and_edits(kl, kl_folder, files, tmp_path, sampl
     assert found.shape == (3, 3, 8, 8)
     with pytest.raises(RequestError, match="^sampler=ddim: .*this model is a flow: use euler or heun"):
         drawn(url, tmp_path / "c", sampler="ddim")
+
+
+def test_bf16_draws_nearly_the_same_pictures(snapshot, tmp_path):
+    exact = drawn(snapshot, tmp_path / "a", num_images=4).float()
+    half = drawn(snapshot, tmp_path / "b", num_images=4, precision="bf16").float()
+    assert 0 < (half - exact).abs().mean() < 4
 
 
 def test_pixel_diffusion_is_the_same_pipeline(files, tmp_path):

@@ -358,6 +358,8 @@ def test_a_run_that_is_older_than_an_option_goes_on(latents: str, uninterrupted:
     record = storage.read_json(str(output / "run.json"))
     for key in ("unet", "qk_norm", "timestep_frequencies"):
         del record["trajectory"]["denoiser"][key]
+    for key in ("loss_weighting", "zero_terminal_snr", "shift"):
+        del record["trajectory"]["diffusion"][key]
     storage.write_json(str(output / "run.json"), record)
     assert plan(config(latents, output)).checkpoint is not None
     with pytest.raises(RequestError, match=r"other settings \(denoiser.qk_norm: false != true\)"):
