@@ -11,6 +11,12 @@ from ldm.plan import SamplerConfig, make_plan
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
 """diffusers' name => ours."""
+DIFFUSIONS = (
+    *("DDIMScheduler", "DDPMScheduler", "PNDMScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "DEISMultistepScheduler"),
+    *("EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"),
+)
+"""Schedulers of a diffusion with betas, which `SchedulerConfig` describes; others are of other processes."""
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -52,6 +58,10 @@ class SchedulerConfig(Config):
 
 def from_scheduler(values: dict[str, Any]) -> DiffusionConfig:
     """scheduler_config.json => our diffusion. Raises RequestError where ours has no such schedule."""
+    if (name := values.get("_class_name", DIFFUSIONS[0])) not in DIFFUSIONS:
+        raise RequestError(f"_class_name={name}: is no diffusion with betas that is read; {', '.join(DIFFUSIONS)} are")
+    if values.get("use_flow_sigmas"):
+        raise RequestError("use_flow_sigmas=true: is of a flow; only diffusions with betas are read")
     if values.get("trained_betas") is not None:
         raise RequestError(f"trained_betas: gives betas one by one; only {', '.join(SCHEDULES)} are read")
     found = validate(SchedulerConfig, values)

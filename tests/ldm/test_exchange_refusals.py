@@ -126,6 +126,16 @@ DAMAGES: dict[str, tuple[Any, str]] = {
         lambda f: edit(f / "scheduler/scheduler_config.json", beta_schedule="sigmoid"),
         "scheduler/scheduler_config.json: beta_schedule=sigmoid",
     ),
+    "a flow": (
+        lambda f: edit(f / "scheduler/scheduler_config.json", _class_name="FlowMatchEulerDiscreteScheduler"),
+        "_class_name=FlowMatchEulerDiscreteScheduler: is no diffusion with betas that is read; DDIMScheduler, ",
+    ),
+    "a flow by its sigmas": (
+        lambda f: edit(
+            f / "scheduler/scheduler_config.json", _class_name="DPMSolverMultistepScheduler", use_flow_sigmas=True
+        ),
+        "scheduler/scheduler_config.json: use_flow_sigmas=true: is of a flow",
+    ),
     "betas one by one": (
         lambda f: edit(f / "scheduler/scheduler_config.json", trained_betas=[0.1] * 1000),
         "trained_betas: gives betas one by one",
