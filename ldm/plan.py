@@ -149,7 +149,11 @@ def make_plan(diffusion: DiffusionConfig, settings: SamplerConfig, strength: flo
 
 def _check(diffusion: DiffusionConfig, settings: SamplerConfig) -> None:
     """Raises RequestError where model and settings do not go together."""
-    sampler = settings.sampler
+    sampler, total = settings.sampler, diffusion.num_train_timesteps
+    if settings.num_inference_steps > total:
+        raise RequestError(
+            f"num_inference_steps={settings.num_inference_steps}: must be 1 to {total}, the num_train_timesteps here"
+        )
     if diffusion.is_flow:
         if sampler not in (None, *FLOW_SAMPLERS):
             raise RequestError(
@@ -160,13 +164,8 @@ def _check(diffusion: DiffusionConfig, settings: SamplerConfig) -> None:
             if value != SamplerConfig.model_fields[key].default:
                 raise RequestError(f"{key}={value}: is for a diffusion model; this model is a flow: leave it out")
         return
-    total = diffusion.num_train_timesteps
     if sampler in FLOW_SAMPLERS:
         raise RequestError(f"sampler={sampler}: is for a flow; this model is a diffusion: use ddim, ddpm or dpmpp_2m")
-    if settings.num_inference_steps > total:
-        raise RequestError(
-            f"num_inference_steps={settings.num_inference_steps}: must be 1 to {total}, the num_train_timesteps here"
-        )
 
 
 def _exact_steps(diffusion: DiffusionConfig, settings: SamplerConfig, count: int) -> list[Step]:

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**53 - 1
 """The largest integer that every JSON reader keeps."""
+MAX_STEPS = 100_000
+"""Whatever the model; its own limit, num_train_timesteps, is mostly far below."""
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Label = Annotated[StrictInt, Field(ge=0)] | Annotated[str, StringConstraints(max_length=200)]
 
@@ -47,7 +49,7 @@ class SamplesRequest(Config):
     )
     seed: Seed | None = Field(None, description="picture i has seed + i; null: 0")
     seeds: list[Seed] | None = Field(None, min_length=1, description="the seed of each picture, in place of seed")
-    num_inference_steps: int = Field(50, gt=0, description="sampling steps S")
+    num_inference_steps: int = Field(50, gt=0, le=MAX_STEPS, description="sampling steps S")
     eta: float = Field(0.0, ge=0, le=1, description="0: deterministic DDIM; 1: as much noise as DDPM")
     guidance_scale: float = Field(1.0, ge=0, le=1000, description="classifier-free guidance; 1: none")
     response_format: Literal["json", "png", "npy"] = Field(

@@ -270,6 +270,7 @@ def test_settings_that_cannot_work_are_refused_by_the_config(overrides: str, wor
             {"num_inference_steps": 1000, "steps_offset": 1, "profile": "diffusers"},
             "^steps_offset=1",
         ),
+        (FLOW, {"num_inference_steps": 1001}, "^num_inference_steps=1001: must be 1 to 1000"),
         (FLOW, {"sampler": "ddim"}, "^sampler=ddim: .*this model is a flow: use euler or heun$"),
         (FLOW, {"sampler": "dpmpp_2m"}, "^sampler=dpmpp_2m: .*use euler or heun$"),
         (FLOW, {"eta": 0.5}, "^eta=0.5: .*leave it out$"),

@@ -151,6 +151,7 @@ class TestDeployment:
         ({"num_images": 2, "response_format": "png"}, "response_format=png: holds one picture, not 2"),
         ({"num_inference_steps": 0}, "num_inference_steps=0: input should be greater than 0"),
         ({"num_inference_steps": 1001}, "num_inference_steps=1001: must be 1 to 1000"),
+        ({"num_inference_steps": 10**8}, "num_inference_steps=100000000: input should be less than or equal to"),
         ({"eta": 1.5}, "eta=1.5: input should be less than or equal to 1"),
         ({"guidance": 2}, "guidance=2: extra inputs are not permitted"),
         (b'{"eta": NaN}', "eta=NaN: "),
