@@ -127,7 +127,7 @@ def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) 
     progress: called with the number of pictures done. Raises RequestError.
     """
     todo = check(config)
-    shape = _picture_shape(todo.snapshot)
+    shape = todo.snapshot.picture_shape()
     given = _read_pictures(todo.pictures, shape, todo.snapshot, "pictures")
     mask = None
     if config.mask is not None:
@@ -224,12 +224,6 @@ def _find_pictures(config: SampleConfig) -> tuple[str, ...]:
             except RequestError as error:  # which advises a tar
                 raise RequestError(f"{str(error).split('; give')[0]}; give pictures, or a folder of them") from None
     return tuple(found)
-
-
-def _picture_shape(snapshot: Snapshot) -> tuple[int, int]:
-    """(H, W) of the pictures that the latents are of: the short side is that of the fingerprint."""
-    (_, h, w), size = snapshot.latent_shape, snapshot.fingerprint["pictures"]["size"]
-    return size * h // min(h, w), size * w // min(h, w)
 
 
 def _read_pictures(urls: Sequence[str], shape: tuple[int, int], snapshot: Snapshot, key: str) -> Tensor:

@@ -15,7 +15,7 @@ import safetensors.torch
 from torch import Tensor, nn
 
 from ldm import storage
-from ldm.autoencoder import FILES, Autoencoder, load_autoencoder
+from ldm.autoencoder import FILES, Autoencoder, downsampling_factor, load_autoencoder
 from ldm.config import RequestError, validate
 from ldm.denoiser import BUILT_IN, DenoiserConfig, build_denoiser
 from ldm.diffusion import DiffusionConfig
@@ -41,6 +41,12 @@ class Snapshot:
     step: int
     images_seen: int
     weights_sha256: str
+
+    def picture_shape(self) -> tuple[int, int]:
+        """(H, W) of the pictures that the latents are of; with buckets neither is the fingerprint's size."""
+        config = storage.read_json(storage.join(self.url, "autoencoder", FILES[0]))
+        factor = downsampling_factor(config)
+        return self.latent_shape[1] * factor, self.latent_shape[2] * factor
 
     def load_denoiser(self, device: str = "cpu", denoiser_type: str | None = None) -> nn.Module:
         """The denoiser with its EMA weights.

@@ -161,6 +161,7 @@ def write_tiny_snapshot(
     conditioning: Conditioning = FRUIT,
     diffusion_config: DiffusionConfig = COSINE_V,
     latent_shape: tuple[int, int, int] = (4, 4, 4),
+    fingerprint: dict[str, Any] | None = None,
 ) -> None:
     """A snapshot of a random denoiser for pictures of 8 pixels, by default through latents and a factor of 2."""
     channels, *size = latent_shape
@@ -177,7 +178,7 @@ def write_tiny_snapshot(
         statistics=Statistics((0.1, 0.2, 0.3, 0.4)[:channels], (1.0, 2.0, 0.5, 1.5)[:channels]),
         conditioning=conditioning,
         latent_shape=latent_shape,
-        fingerprint=some_fingerprint(autoencoder, 8),
+        fingerprint=fingerprint or some_fingerprint(autoencoder, 8),
         step=7,
         images_seen=700,
         autoencoder_url=autoencoder_url,

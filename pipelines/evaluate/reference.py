@@ -47,7 +47,7 @@ def read_reference(urls: dict[str, str], snapshot: Snapshot, holdout: float, max
     A picture is held out by the hash of its id, as in training. Raises RequestError where there is none, or a
     label that the model does not have.
     """
-    rules = snapshot.fingerprint["pictures"]
+    shape, background = snapshot.picture_shape(), tuple(snapshot.fingerprint["pictures"]["background"])
     pixels: list[npt.NDArray[np.uint8]] = []
     labels, ids, skipped = [], [], 0
     for name, sample in _samples(urls):
@@ -56,7 +56,7 @@ def read_reference(urls: dict[str, str], snapshot: Snapshot, holdout: float, max
             break
         try:
             label = sample.label
-            decoded, _ = images.decode(sample.picture or b"", rules["size"], tuple(rules["background"]))
+            decoded, _ = images.decode(sample.picture or b"", shape, background)
         except (images.BadPicture, ValueError):  # ValueError: a label that is no number
             skipped += 1
             continue

@@ -163,7 +163,7 @@ def create_app(engine: Engine, snapshot: Snapshot, max_images: int) -> "FastAPI"
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
-        """What is served: its step, its classes, its picture size, the limits."""
+        """What is served: its step, its classes, the size of its pictures (a side, or [height, width]), the limits."""
         return {"models": [model]}
 
     @app.get("/healthz")
@@ -211,12 +211,13 @@ def _one_line(problem: dict[str, Any]) -> str:
 
 
 def _describe(snapshot: Snapshot) -> dict[str, Any]:
+    height, width = snapshot.picture_shape()
     return {
         "snapshot": snapshot.url,
         "step": snapshot.step,
         "images_seen": snapshot.images_seen,
         "weights_sha256": snapshot.weights_sha256,
-        "image_size": snapshot.fingerprint["pictures"]["size"],
+        "image_size": height if height == width else [height, width],
         "num_classes": snapshot.conditioning.num_classes,
         "classes": snapshot.conditioning.names,
         "num_train_timesteps": snapshot.diffusion_config.num_train_timesteps,

@@ -12,9 +12,11 @@ from ldm.autoencoder import load_autoencoder
 from ldm.config import RequestError, parse, validate
 from ldm.diffusion import DiffusionConfig
 from ldm.drawing import load_sampler
-from ldm.latents.manifest import Conditioning
+from ldm.images import Buckets, PictureRules
+from ldm.latents.manifest import Conditioning, make_fingerprint
 from ldm.plan import SamplerConfig, make_plan
 from ldm.sampling import SampleConfig, resolve_labels, sample
+from ldm.snapshot import read_snapshot
 from tests.pictures import FRUIT, TINY_DIT, picture, write_tiny_snapshot
 
 
@@ -319,6 +321,20 @@ def test_pixel_diffusion_is_the_same_pipeline(files, tmp_path):
     assert drawn(url, tmp_path / "a", num_images=2).shape == (2, 3, 8, 8)
     found = drawn(url, tmp_path / "b", task="reconstruct", pictures=f"{files}/pictures", num_inference_steps=100)
     assert (found.float() - given(files)).abs().mean() < 6  # no autoencoder loses anything
+
+
+def test_a_model_of_one_bucket_edits_pictures_of_its_shape(kl, kl_folder, files, tmp_path):
+    """A bucket of 8x8 pixels can be 4x16: then no side is that of the fingerprint."""
+    url = str(tmp_path / "snapshot")
+    rules = PictureRules((8,), buckets=Buckets(max_ratio=4, step=4))
+    made = make_fingerprint(load_autoencoder(str(kl_folder)), rules.fingerprint(), "moments", "float32")
+    write_tiny_snapshot(url, kl, str(kl_folder), latent_shape=(4, 2, 8), fingerprint=made)
+    assert read_snapshot(url).picture_shape() == (4, 16)
+    values = {"pictures": f"{files}/pictures", "num_images": 1}
+    for task in ("reconstruct", "image_to_image"):
+        assert drawn(url, tmp_path / task, task=task, **values).shape == (1, 3, 4, 16)
+    inpainted = drawn(url, tmp_path / "inpaint", task="inpaint", mask=f"{files}/mask.png", **values)
+    assert inpainted.shape == (1, 3, 4, 16)
 
 
 def test_an_unconditional_model_samples_and_cannot_be_guided(kl, kl_folder, tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,12 @@ class TestReference:
         assert reference.holdout.labels.tolist() == [s.label for s in kept]
         assert kept[0].picture is not None
         assert np.array_equal(reference.holdout.pixels[0].numpy(), images.decode(kept[0].picture, 32)[0])
+
+    def test_has_the_shape_of_what_the_model_draws(self, digits: Path, snapshot: str) -> None:
+        """With buckets that is not the size of the fingerprint."""
+        wide = replace(read_snapshot(snapshot), latent_shape=(4, 2, 8))
+        found = read_reference({"digits-00000": str(digits / "digits-00000.tar")}, wide, 0.0, 5)
+        assert found.train.pixels.shape == (5, 3, 16, 64)
 
     def test_reads_no_more_than_asked(self, digits: Path, snapshot: str) -> None:
         urls = {"digits-00000": str(digits / "digits-00000.tar"), "missing": "never-opened.tar"}

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +211,17 @@ def test_requests_beyond_the_queue_are_refused_while_probes_are_answered(
             assert (await client.get("/readyz")).json() == {"status": "ready", "waiting": 0}
 
     asyncio.run(scenario())
+
+
+def test_pictures_that_are_no_squares_are_described(sampler: PictureSampler, snapshot: str) -> None:
+    wide = replace(read_snapshot(snapshot), latent_shape=(4, 2, 8))
+    transport = httpx.ASGITransport(create_app(Engine(sampler, 1), wide, max_images=8))
+
+    async def ask() -> httpx.Response:
+        async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+            return await client.get("/v1/models")
+
+    assert asyncio.run(ask()).json()["models"][0]["image_size"] == [16, 64]
 
 
 def test_openapi_describes_every_field(sampler: PictureSampler, snapshot: str) -> None:
