@@ -3,9 +3,9 @@
 Shapes: x (N, C, H, W); t, labels (N,). The class embedding is added to that of the timestep.
 """
 
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from ldm.config import Config, RequestError
@@ -26,7 +26,16 @@ class UNetConfig(Config):
     )
     head_channels: int = Field(32, ge=1, description="channels of an attention head; divides those of its level")
     norm_groups: int = Field(32, ge=1, description="groups of the group norms; divides model_channels")
-    dropout: float = Field(0.0, ge=0, lt=1, description="in the residual blocks, while training")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_dropout(cls, values: Any) -> Any:
+        """Older snapshots say `dropout: 0`."""
+        if not isinstance(values, dict) or "dropout" not in values:
+            return values
+        if values["dropout"] != 0:
+            raise ValueError("has no dropout, for nothing seeds what it would draw; leave it out")
+        return {key: value for key, value in values.items() if key != "dropout"}
 
     @field_validator("channel_multipliers", "attention_resolutions", mode="before")
     @classmethod
@@ -86,7 +95,6 @@ class UNet(nn.Module):
             layers_per_block=config.num_res_blocks,
             attention_head_dim=config.head_channels,
             norm_num_groups=config.norm_groups,
-            dropout=config.dropout,
             num_class_embeds=None if num_classes is None else num_classes + 1,
         )
         self._initialize()

@@ -117,6 +117,12 @@ def test_wrong_configs_are_refused_with_what_would_be_right(override: str, expec
     assert str(refused.value).endswith(expected)
 
 
+def test_there_is_no_dropout() -> None:
+    """Nothing seeds what it would draw: neither would a run repeat, nor a resume be exact."""
+    with pytest.raises(RequestError, match=r"^denoiser\.unet=.*: has no dropout, .*; leave it out$"):
+        config("dropout=0.1")
+
+
 def test_its_levels_must_divide_the_latents() -> None:
     with pytest.raises(RequestError, match="its levels halve the latents to 1/2, which does not divide 5x8"):
         build(sample_size=(5, 8))
