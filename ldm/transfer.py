@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm.config import RequestError, differences
+from ldm.config import RequestError, differences, validate
 from ldm.denoiser import BUILT_IN, DenoiserConfig
-from ldm.diffusion import DiffusionConfig
+from ldm.diffusion import CONVENTIONAL_BETAS, DiffusionConfig
 from ldm.dit import DiTConfig
 from ldm.snapshot import Snapshot
+from ldm.unet import UNetConfig
 
 MEANT = ("timestep_frequencies", "mlp_norm_eps")
 """What of a DiT may change: its weights keep their shapes, and training can make up for it."""
+
+BETAS = ("beta_start", "beta_end")
+PROCESS = ("schedule", "num_train_timesteps", "zero_terminal_snr", *BETAS, "prediction_type")
+"""What of a diffusion the denoiser's answers depend on; the rest is how it is trained and sampled."""
 
 _ARCHITECTURE = {"dit": tuple(key for key in DiTConfig.model_fields if key != "learned_sigma"), "unet": ("unet",)}
 """What the shapes and the meaning of the other weights depend on."""
@@ -87,14 +92,25 @@ def _resize_head(old: Tensor, new: Tensor, pixels: int) -> Tensor:
 
 def _with_defaults(denoiser: dict[str, Any]) -> dict[str, Any]:
     """Of a snapshot, which may be older than an option."""
-    return DenoiserConfig().model_dump(mode="json") | denoiser
+    defaults = DenoiserConfig().model_dump(mode="json")
+    unet = validate(UNetConfig, denoiser.get("unet", {})).model_dump(mode="json")
+    return defaults | denoiser | {"unet": unet}
 
 
 def _diffusion_notes(snapshot: Snapshot, diffusion: DiffusionConfig) -> Iterator[str]:
-    for key in ("schedule", "num_train_timesteps", "prediction_type"):
-        was, now = getattr(snapshot.diffusion_config, key), getattr(diffusion, key)
-        if was != now:
-            yield f"diffusion.{key} was {was} and is {now}: training has to make up for it"
+    found, asked = _resolved(snapshot.diffusion_config), _resolved(diffusion)
+    for key, was in found.items():
+        if was == asked[key] or (key in BETAS and snapshot.diffusion_config.schedule != diffusion.schedule):
+            continue
+        rest = ": training has to make up for it" if key in PROCESS else ""
+        yield f"diffusion.{key} was {was} and is {asked[key]}{rest}"
+
+
+def _resolved(diffusion: DiffusionConfig) -> dict[str, Any]:
+    """Its values, with the schedule's own betas where none are given."""
+    usual = dict(zip(BETAS, CONVENTIONAL_BETAS.get(diffusion.schedule, (None, None)), strict=True))
+    values = diffusion.model_dump(mode="json")
+    return values | {key: values[key] or beta for key, beta in usual.items()}
 
 
 def _notes(

@@ -115,6 +115,33 @@ def test_another_diffusion_is_said(snapshot):
 
 
 @pytest.mark.parametrize(
+    ("was", "now", "notes"),
+    [
+        ({}, {"beta_end": 0.02, "beta_start": 1e-4}, []),  # the schedule's own
+        ({}, {"beta_end": 0.03}, ["beta_end was 0.02 and is 0.03: training has to make up for it"]),
+        (
+            {"prediction_type": "sample"},
+            {"prediction_type": "sample", "zero_terminal_snr": True},
+            ["zero_terminal_snr was False and is True: training has to make up for it"],
+        ),
+        ({}, {"loss_weighting": "min_snr"}, ["loss_weighting was none and is min_snr"]),
+        (
+            {"schedule": "flow"},
+            {"schedule": "flow", "shift": 3.0, "timestep_sampling": "logit_normal", "logit_mean": 0.5},
+            [
+                "timestep_sampling was uniform and is logit_normal",
+                "logit_mean was 0.0 and is 0.5",
+                "shift was 1.0 and is 3.0",
+            ],
+        ),
+    ],
+)
+def test_each_change_of_the_diffusion_is_said(snapshot, was, now, notes):
+    found = snapshot(diffusion_config=DiffusionConfig(**was))
+    assert list(check_fit(found, DIT, DiffusionConfig(**now), (4, 4, 4), 3)) == [f"diffusion.{note}" for note in notes]
+
+
+@pytest.mark.parametrize(
     ("config", "shape", "differs"),
     [
         (DIT.model_copy(update={"depth": 3, "qk_norm": True}), (4, 4, 4), "depth: 2 != 3; qk_norm: false != true"),
@@ -144,6 +171,14 @@ def test_a_class_of_the_users_own_must_be_as_it_was(snapshot, monkeypatch):
     ]:
         with pytest.raises(RequestError, match="does not fit this run"):
             check_fit(before, config, DiffusionConfig(), shape, classes)
+
+
+def test_a_snapshot_that_still_says_dropout(snapshot):
+    found = snapshot(UNET)
+    found.denoiser["unet"]["dropout"] = 0.0
+    denoiser, notes = begun(found, UNET, 3)
+    assert notes == ()
+    assert torch.equal(denoiser(*inputs(3)), found.load_denoiser()(*inputs(3)))
 
 
 def test_a_snapshot_that_is_older_than_an_option(snapshot):
