@@ -27,8 +27,12 @@ def from_pipeline(table: Tensor, num_classes: int) -> Tensor | None:
 
 
 def count_classes(table: Tensor) -> int:
-    """The classes of a table (of another's) whose null class is the last row: rows that repeat it are padding."""
-    own = (table[:-1] != table[-1]).any(dim=1).nonzero()
+    """The classes of a table (of another's) whose null class is the last row: equal rows before it are padding.
+
+    They repeated it when the table was made, and a fine-tune of the null class leaves them behind.
+    """
+    padding = table[-2] if len(table) > 2 and torch.equal(table[-2], table[-3]) else table[-1]
+    own = (table[:-1] != padding).any(dim=1).nonzero()
     return int(own.max()) + 1 if len(own) else len(table) - 1
 
 

@@ -154,6 +154,11 @@ def _read_side(folder: Path, notes: list[str]) -> SideFile | None:
     side = _validate(SideFile, _read_json(folder, SIDE_FILE), SIDE_FILE)
     if side.weights_sha256 == hash_file(folder / WEIGHTS):
         return side
+    if (count := side.conditioning.num_classes) > classes.NULL:
+        raise RequestError(
+            f"{SIDE_FILE} is of other weights, and of {count} classes: which row is the null class, {classes.NULL} "
+            "or the last, is not known; give the folder as it was exported"
+        )
     notes.append(f"{SIDE_FILE} is of other weights and not used: the folder is read as one of diffusers' own")
     return None
 

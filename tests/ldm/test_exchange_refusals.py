@@ -217,6 +217,30 @@ def test_weights_put_in_an_export_are_read_as_of_theirs(snapshot, kl):
     assert any(note.startswith("ldm.json is of other weights") for note in report.notes)
 
 
+def _tune_null(weights: dict[str, torch.Tensor]) -> None:
+    for name in weights:
+        if name.endswith("embedding_table.weight"):
+            weights[name][1000].add_(1)
+
+
+def test_a_null_class_that_was_tuned_there_leaves_the_padding_behind(snapshot):
+    folder = exported(snapshot)
+    replace_weights(folder, _tune_null)
+    found, _ = imported(folder)
+    assert found.conditioning == Conditioning("class", 3, ("apple", "pear", "plum"))
+    models = (read_snapshot(snapshot).load_denoiser(), found.load_denoiser())
+    before, after = (model.get_parameter("label_embedding.weight") for model in models)
+    assert torch.equal(after[:3], before[:3])
+    assert torch.equal(after[3], before[3] + 1)
+
+
+def test_of_more_than_1000_tuned_classes_the_null_class_is_not_guessed(kl, kl_folder, tmp_path):
+    folder = exported(write(tmp_path / "snapshot", kl, str(kl_folder), conditioning=Conditioning("class", 1003)))
+    replace_weights(folder, _tune_null)
+    with pytest.raises(RequestError, match=r"ldm.json is of other weights, and of 1003 classes: which row is the null"):
+        imported(folder)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
