@@ -16,8 +16,10 @@ from ldm.drawing import Blend, Edit, load_sampler
 from ldm.editing import soften
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig, make_plan
+from ldm.shards import PICTURE_EXTENSIONS
 from ldm.snapshot import Snapshot, read_snapshot
 
+GRID = "grid.png"
 GRID_PICTURES = 256
 """Pictures in the grid at most."""
 DEFAULT_IMAGES = 16
@@ -93,12 +95,17 @@ class SampleReport:
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """What will be drawn. labels: int64 (num_images,), None for an unconditional model; pictures: URLs."""
+    """What will be drawn.
+
+    labels: int64 (num_images,), None for an unconditional model. given: pictures uint8 (N, 3, H, W), N may be 0.
+    mask: float (1, 1, H, W), see `Edit`.
+    """
 
     snapshot: Snapshot
     num_images: int
     labels: Tensor | None
-    pictures: tuple[str, ...]
+    given: Tensor
+    mask: Tensor | None
     strength: float
 
 
@@ -113,12 +120,15 @@ def check(config: SampleConfig) -> SamplePlan:
     count = config.num_images or (len(pictures) if config.task == "reconstruct" else DEFAULT_IMAGES)
     strength = config.strength or (1.0 if config.task == "inpaint" else 0.6)
     plan = make_plan(snapshot.diffusion_config, config)
+    check_guidance(config.guidance_scale, snapshot)
     if config.task not in ("generate", *EDITS) and pictures and (any(plan.sigmas) or config.sampler == "dpmpp_2m"):
         raise RequestError(
             f"task={config.task}: inverts pictures, which needs steps that can be taken back: use eta=0 and "
             "sampler=ddim, or euler or heun for a flow"
         )
-    return SamplePlan(snapshot, count, _labels(config, snapshot, count), pictures, strength)
+    labels, shape = _labels(config, snapshot, count), snapshot.picture_shape()
+    given = _read_pictures(pictures, shape, snapshot, "pictures")
+    return SamplePlan(snapshot, count, labels, given, _read_mask(config, shape, snapshot), strength)
 
 
 def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) -> SampleReport:
@@ -127,14 +137,6 @@ def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) 
     progress: called with the number of pictures done. Raises RequestError.
     """
     todo = check(config)
-    shape = todo.snapshot.picture_shape()
-    given = _read_pictures(todo.pictures, shape, todo.snapshot, "pictures")
-    mask = None
-    if config.mask is not None:
-        grey = _read_pictures((config.mask,), shape, todo.snapshot, "mask").float().mean(dim=1, keepdim=True) / 255
-        mask = soften(grey, config.mask_blur)
-        if not mask.any():
-            raise RequestError(f"mask={config.mask}: is black, or fades out at mask_blur={config.mask_blur}")
     sampler = load_sampler(
         config.snapshot, config.batch_size, config.device, config.denoiser_type, config.precision, config.compile
     )
@@ -144,14 +146,14 @@ def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) 
     for first in range(0, todo.num_images, config.batch_size):
         rows = torch.arange(first, min(first + config.batch_size, todo.num_images))
         labels = None if todo.labels is None else todo.labels[rows]
-        drawn = sampler.draw(labels, seeds[rows], config, _source(config, todo, rows, given, mask))
+        drawn = sampler.draw(labels, seeds[rows], config, _source(config, todo, rows))
         for i, picture in zip(rows.tolist(), drawn.numpy(), strict=True):
             storage.write_bytes(storage.join(config.output, f"{i:06d}.png"), images.to_png(picture))
         shown += list(drawn[: max(0, GRID_PICTURES - first)])
         if progress is not None:
             progress(first + len(rows))
     rate = todo.num_images / (time.monotonic() - started)
-    grid_url = storage.join(config.output, "grid.png")
+    grid_url = storage.join(config.output, GRID)
     columns = min(len(shown), max(10, int(len(shown) ** 0.5)))
     storage.write_bytes(grid_url, images.to_png(images.grid(torch.stack(shown).numpy(), columns)))
     return SampleReport(todo.num_images, round(rate, 2), config.output, grid_url)
@@ -167,10 +169,22 @@ def resolve_labels(labels: Sequence[str] | None, conditioning: Conditioning, cou
     return torch.tensor([numbers[i % len(numbers)] for i in range(count)], dtype=torch.int64)
 
 
-def _source(
-    config: SampleConfig, todo: SamplePlan, rows: Tensor, given: Tensor, mask: Tensor | None
-) -> Blend | Edit | None:
+def check_guidance(guidance_scale: float, snapshot: Snapshot) -> None:
+    """Raises RequestError where the model cannot be guided."""
+    if guidance_scale == 1:
+        return
+    if snapshot.conditioning.type == "none":
+        raise RequestError(f"guidance_scale={guidance_scale}: the model is unconditional; must be 1")
+    if snapshot.denoiser.get("label_dropout") == 0:
+        raise RequestError(
+            f"guidance_scale={guidance_scale}: the model was trained without the null class "
+            "(denoiser.label_dropout=0); must be 1"
+        )
+
+
+def _source(config: SampleConfig, todo: SamplePlan, rows: Tensor) -> Blend | Edit | None:
     """Where the pictures number `rows` of the whole request start from."""
+    given = todo.given
     seeds, ones = config.seed + rows, torch.ones(len(rows))
     if config.task == "generate":
         return None
@@ -180,7 +194,7 @@ def _source(
         return Blend(start, end, rows / max(1, todo.num_images - 1))
     start = given[rows % len(given)] if len(given) else torch.full_like(seeds, config.seed)
     if config.task in EDITS:
-        return Edit(start, todo.strength, mask)
+        return Edit(start, todo.strength, todo.mask)
     return Blend(start, seeds + 1, 0 * ones if config.task == "reconstruct" else todo.strength * ones)
 
 
@@ -212,18 +226,35 @@ def _labels(config: SampleConfig, snapshot: Snapshot, count: int) -> Tensor | No
 
 
 def _find_pictures(config: SampleConfig) -> tuple[str, ...]:
-    """URLs in the order in which they are given."""
+    """URLs in the order in which they are given; of a folder its pictures, but for the grid of `ldm sample`."""
     given = (config.pictures,) if isinstance(config.pictures, str) else config.pictures or ()
     found: list[str] = []
     for text in (part for location in given for part in storage.split_commas(location)):
         if storage.is_directory(text):
-            found += [storage.join(text, name) for name in storage.list_dir(text)]
+            names = [name for name in storage.list_dir(text) if _is_picture(name)]
+            if not names:
+                raise RequestError(f"pictures={text}: holds no pictures; give pictures, or a folder of them")
+            found += [storage.join(text, name) for name in names]
         else:
             try:
                 found += storage.expand(text, "pictures")
             except RequestError as error:  # which advises a tar
                 raise RequestError(f"{str(error).split('; give')[0]}; give pictures, or a folder of them") from None
     return tuple(found)
+
+
+def _is_picture(name: str) -> bool:
+    return name != GRID and name.lower().rpartition(".")[2] in PICTURE_EXTENSIONS
+
+
+def _read_mask(config: SampleConfig, shape: tuple[int, int], snapshot: Snapshot) -> Tensor | None:
+    if config.mask is None:
+        return None
+    grey = _read_pictures((config.mask,), shape, snapshot, "mask").float().mean(dim=1, keepdim=True) / 255
+    mask = soften(grey, config.mask_blur)
+    if not mask.any():
+        raise RequestError(f"mask={config.mask}: is black, or fades out at mask_blur={config.mask_blur}")
+    return mask
 
 
 def _read_pictures(urls: Sequence[str], shape: tuple[int, int], snapshot: Snapshot, key: str) -> Tensor:
@@ -233,6 +264,8 @@ def _read_pictures(urls: Sequence[str], shape: tuple[int, int], snapshot: Snapsh
     for url in urls:
         try:
             pixels.append(images.decode(storage.read_bytes(url), shape, background)[0])
+        except (FileNotFoundError, IsADirectoryError):
+            raise RequestError(f"{key}={url}: is no file; give a picture") from None
         except images.BadPicture as error:
             raise RequestError(f"{key}={url}: cannot be read as a picture ({error})") from None
     return torch.from_numpy(np.stack(pixels)) if pixels else torch.empty(0)

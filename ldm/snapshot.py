@@ -44,8 +44,10 @@ class Snapshot:
 
     def picture_shape(self) -> tuple[int, int]:
         """(H, W) of the pictures that the latents are of; with buckets neither is the fingerprint's size."""
-        config = storage.read_json(storage.join(self.url, "autoencoder", FILES[0]))
-        factor = downsampling_factor(config)
+        file = storage.join(self.url, "autoencoder", FILES[0])
+        if not storage.exists(file):
+            raise RequestError(f"snapshot={self.url}: holds no autoencoder/{FILES[0]}; it is damaged")
+        factor = downsampling_factor(storage.read_json(file))
         return self.latent_shape[1] * factor, self.latent_shape[2] * factor
 
     def load_denoiser(self, device: str = "cpu", denoiser_type: str | None = None) -> nn.Module:

@@ -13,7 +13,7 @@ from ldm import images, shards, storage
 from ldm.classifier import Classifier, train_classifier
 from ldm.config import Config, Location, RequestError
 from ldm.plan import SamplerConfig, make_plan
-from ldm.sampling import resolve_labels
+from ldm.sampling import check_guidance, resolve_labels
 from ldm.snapshot import Snapshot, read_snapshot
 from pipelines import lineage
 from pipelines.evaluate import measures
@@ -92,8 +92,7 @@ def plan(config: EvaluateConfig) -> EvaluatePlan:
     unconditional = snapshot.conditioning.type == "none"
     if unconditional and config.features == "classifier":
         raise RequestError("features=classifier: the model is unconditional; give features=vae")
-    if unconditional and config.guidance_scale != 1:
-        raise RequestError(f"guidance_scale={config.guidance_scale}: the model is unconditional; must be 1")
+    check_guidance(config.guidance_scale, snapshot)
     if config.features == "classifier" and config.holdout == 0:
         raise RequestError(
             "holdout=0.0: the classifier's own accuracy needs pictures that it never saw; give 0.1, or features=vae"

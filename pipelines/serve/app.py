@@ -24,7 +24,7 @@ from ldm.config import Config, RequestError
 from ldm.drawing import PictureSampler
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig, make_plan
-from ldm.sampling import resolve_labels
+from ldm.sampling import check_guidance, resolve_labels
 from ldm.snapshot import Snapshot
 
 if TYPE_CHECKING:
@@ -152,6 +152,7 @@ def create_app(engine: Engine, snapshot: Snapshot, max_images: int) -> "FastAPI"
     )
     async def samples(request: SamplesRequest) -> Response:
         """Draws pictures. What a picture shows depends on its seed, its label and the settings alone."""
+        check_guidance(request.guidance_scale, snapshot)
         labels, seeds = request.resolve(snapshot.conditioning, max_images)
         pictures = await engine.draw(labels, seeds, request)
         if request.response_format == "npy":

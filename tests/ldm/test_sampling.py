@@ -1,6 +1,8 @@
 """A picture depends on its seed, its label and the settings; labels by name and number; PNGs that open."""
 
 import io
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from ldm.drawing import load_sampler
 from ldm.images import Buckets, PictureRules
 from ldm.latents.manifest import Conditioning, make_fingerprint
 from ldm.plan import SamplerConfig, make_plan
-from ldm.sampling import SampleConfig, resolve_labels, sample
+from ldm.sampling import SampleConfig, check, resolve_labels, sample
 from ldm.snapshot import read_snapshot
 from tests.pictures import FRUIT, TINY_DIT, picture, write_tiny_snapshot
 
@@ -163,6 +165,7 @@ def files(tmp_path_factory):
     Image.fromarray(np.repeat(np.array([[0, 255]], np.uint8), 4, axis=1).repeat(8, axis=0)).save(folder / "mask.png")
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "black.png")
     Image.fromarray(np.pad(np.full((1, 1), 255, np.uint8), ((3, 4), (3, 4)))).save(folder / "dot.png")
+    (folder / "empty").mkdir()
     (folder / "broken.png").write_bytes(b"no picture")
     return folder
 
@@ -273,6 +276,9 @@ def test_every_task_gives_a_picture_that_does_not_depend_on_its_neighbours(snaps
         ({"task": "reconstruct", "pictures": "pictures", "eta": 1}, "^task=reconstruct: inverts pictures.*use eta=0"),
         ({"task": "variations", "pictures": "pictures", "sampler": "dpmpp_2m"}, "^task=variations: inverts pictures"),
         ({"task": "reconstruct", "pictures": "broken.png"}, "^pictures=.*broken.png: cannot be read as a picture"),
+        ({"task": "reconstruct", "pictures": "empty"}, "^pictures=empty: holds no pictures; give pictures, or"),
+        ({"task": "inpaint", "pictures": "pictures", "mask": "absent.png"}, "^mask=absent.png: is no file; give a pic"),
+        ({"task": "inpaint", "pictures": "pictures", "mask": "pictures"}, "^mask=pictures: is no file; give a pict"),
         ({"task": "reconstruct", "pictures": "absent.png"}, "^pictures=absent.png: does not exist; give pictures, or"),
         ({"task": "inpaint", "pictures": "pictures", "mask": "black.png"}, "^mask=black.png: is black"),
         ({"task": "inpaint", "pictures": "pictures", "mask": "dot.png", "mask_blur": 2}, "fades out at mask_blur=2"),
@@ -281,9 +287,20 @@ def test_every_task_gives_a_picture_that_does_not_depend_on_its_neighbours(snaps
 def test_a_wrong_request_writes_nothing(snapshot, files, tmp_path, monkeypatch, changes, message):
     monkeypatch.chdir(files)
     values = {"snapshot": snapshot, "output": str(tmp_path / "out"), "num_images": 2, **changes}
-    with pytest.raises(RequestError, match=message) as refused:
-        sample(validate(SampleConfig, values))
-    assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+    for stage in (check, sample):  # a dry run says it too
+        with pytest.raises(RequestError, match=message) as refused:
+            stage(validate(SampleConfig, values))
+        assert "\n" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
+def test_of_a_folder_only_its_pictures_are_taken(snapshot, files, tmp_path):
+    folder = Path(shutil.copytree(files / "pictures", tmp_path / "given"))
+    (folder / "0.png").rename(folder / "0.PNG")
+    (folder / "more").mkdir()
+    (folder / "notes.txt").write_text("no picture")
+    shutil.copy(folder / "1.png", folder / "grid.png")  # as `ldm sample` writes beside its pictures
+    config = SampleConfig(snapshot=snapshot, task="reconstruct", pictures=str(folder))
+    assert torch.equal(check(config).given, given(files))
 
 
 def test_a_model_without_a_null_class_wants_the_pictures_classes(kl, kl_folder, files, tmp_path):
@@ -293,6 +310,9 @@ def test_a_model_without_a_null_class_wants_the_pictures_classes(kl, kl_folder, 
     with pytest.raises(RequestError, match="^labels=null: .* name the pictures' classes"):
         drawn(url, tmp_path / "out", **values)
     assert drawn(url, tmp_path / "out", **values, labels="pear").shape == (1, 3, 8, 8)
+    config = SampleConfig(snapshot=url, output=str(tmp_path / "guided"), guidance_scale=4)
+    with pytest.raises(RequestError, match=r"^guidance_scale=4.0: .* trained without the null class .*be 1$"):
+        check(config)
 
 
 @pytest.mark.parametrize("sampler_name", [None, "heun"])
@@ -343,4 +363,4 @@ def test_an_unconditional_model_samples_and_cannot_be_guided(kl, kl_folder, tmp_
     config = SampleConfig(snapshot=url, output=str(tmp_path / "out"), num_images=2, num_inference_steps=2, batch_size=2)
     assert sample(config).images == 2
     with pytest.raises(RequestError, match="^guidance_scale=2.0: the model is unconditional"):
-        sample(config.model_copy(update={"guidance_scale": 2.0}))
+        check(config.model_copy(update={"guidance_scale": 2.0}))

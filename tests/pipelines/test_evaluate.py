@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -275,6 +276,12 @@ class TestPlan:
         plain = write_tiny_snapshot(tmp_path / "plain", Conditioning())
         self.check("^features=classifier: the model is unconditional; give features=vae", plain, digits)
         self.check(r"^guidance_scale=2\.0: the model is", plain, digits, features="vae", guidance_scale=2.0)
+
+    def test_a_model_without_a_null_class_is_not_guided(self, snapshot: str, digits: Path, tmp_path: Path) -> None:
+        url = Path(shutil.copytree(snapshot, tmp_path / "snapshot"))
+        described = (url / "snapshot.json").read_text()
+        (url / "snapshot.json").write_text(described.replace('"label_dropout": 0.1', '"label_dropout": 0.0'))
+        self.check(r"^guidance_scale=2\.0: the model was trained without", str(url), digits, guidance_scale=2.0)
 
     def test_an_endpoint_is_a_url(self) -> None:
         with pytest.raises(ValueError, match="is no URL of a deployment"):

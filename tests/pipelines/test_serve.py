@@ -27,7 +27,7 @@ from ldm.config import RequestError
 from ldm.drawing import PictureSampler, load_sampler
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig
-from ldm.snapshot import read_snapshot
+from ldm.snapshot import Snapshot, read_snapshot
 from pipelines import serve
 from pipelines.serve.app import Engine, create_app
 from tests.pipelines.tiny_snapshot import NAMES, write_tiny_snapshot
@@ -62,13 +62,14 @@ def offline(sampler: PictureSampler, labels: list[int], seeds: list[int]) -> npt
     return sampler.draw(torch.tensor(labels), torch.tensor(seeds), SamplerConfig(**SETTINGS)).numpy()
 
 
-def in_process(engine: Engine, snapshot: str) -> httpx.AsyncClient:
+def in_process(engine: Engine, snapshot: str | Snapshot) -> httpx.AsyncClient:
     """A client of the application alone, without a server and without Ray."""
-    transport = httpx.ASGITransport(create_app(engine, read_snapshot(snapshot), max_images=8))
+    described = read_snapshot(snapshot) if isinstance(snapshot, str) else snapshot
+    transport = httpx.ASGITransport(create_app(engine, described, max_images=8))
     return httpx.AsyncClient(transport=transport, base_url="http://app")
 
 
-def post(engine: Engine, snapshot: str, body: Any) -> httpx.Response:
+def post(engine: Engine, snapshot: str | Snapshot, body: Any) -> httpx.Response:
     async def send() -> httpx.Response:
         async with in_process(engine, snapshot) as client:
             if isinstance(body, bytes):
@@ -177,6 +178,13 @@ def test_an_unconditional_model_takes_no_label_and_no_guidance(tmp_path: Path) -
     assert "guidance_scale=2.0: the model is" in post(engine, url, {"guidance_scale": 2}).json()["detail"]
 
 
+def test_a_model_without_a_null_class_is_not_guided(sampler: PictureSampler, snapshot: str) -> None:
+    described = read_snapshot(snapshot)
+    other = replace(described, denoiser={**described.denoiser, "label_dropout": 0.0})
+    detail = post(Engine(sampler, 1), other, {"guidance_scale": 2}).json()["detail"]
+    assert detail.startswith("guidance_scale=2.0: the model was trained without the null class")
+
+
 class GatedSampler(PictureSampler):
     """Draws when its gate opens, so that a request can be caught while it runs."""
 
@@ -215,10 +223,9 @@ def test_requests_beyond_the_queue_are_refused_while_probes_are_answered(
 
 def test_pictures_that_are_no_squares_are_described(sampler: PictureSampler, snapshot: str) -> None:
     wide = replace(read_snapshot(snapshot), latent_shape=(4, 2, 8))
-    transport = httpx.ASGITransport(create_app(Engine(sampler, 1), wide, max_images=8))
 
     async def ask() -> httpx.Response:
-        async with httpx.AsyncClient(transport=transport, base_url="http://app") as client:
+        async with in_process(Engine(sampler, 1), wide) as client:
             return await client.get("/v1/models")
 
     assert asyncio.run(ask()).json()["models"][0]["image_size"] == [16, 64]
