@@ -44,12 +44,12 @@ class SamplesClient:
         seeds: Tensor,
         *,
         progress: Callable[[int], None],
-        **settings: float,
+        **settings: Any,
     ) -> Tensor:
         """labels, seeds: int64 (N,), labels None for an unconditional model => raw pixels uint8 (N, 3, H, W).
 
-        Requests are of the deployment's own batch size, a few at a time. settings: num_inference_steps, eta,
-        guidance_scale. progress: called with the number of pictures done.
+        Requests are of the deployment's own batch size, a few at a time. settings: those of a
+        `SamplerConfig`. progress: called with the number of pictures done.
         """
         size = min(self.model["batch_size"], self.model["max_images"])
         parts = [slice(first, first + size) for first in range(0, len(seeds), size)]

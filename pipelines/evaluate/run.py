@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from ldm import images, shards, storage
 from ldm.classifier import Classifier, train_classifier
-from ldm.config import Config, Location, RequestError
+from ldm.config import Location, RequestError
 from ldm.plan import SamplerConfig, make_plan
 from ldm.sampling import check_guidance, resolve_labels
 from ldm.snapshot import Snapshot, read_snapshot
@@ -25,7 +25,7 @@ from pipelines.tracking import Tracker, TrackingConfig
 _GRID_COLUMNS, _GRID_ROWS, _GRID_BAND = 10, 4, 8
 
 
-class EvaluateConfig(Config):
+class EvaluateConfig(SamplerConfig):
     """Measures a snapshot against reference pictures, drawing through a deployment."""
 
     snapshot: Location = Field(description="what `ldm train` wrote: a snapshot directory or URL")
@@ -45,9 +45,6 @@ class EvaluateConfig(Config):
     seed: int = Field(
         0, ge=0, le=2**53 - 1, description="picture i has seed + i; also of the classifier and the intervals"
     )
-    num_inference_steps: int = Field(50, gt=0, description="sampling steps S")
-    eta: float = Field(0.0, ge=0, le=1, description="0: deterministic DDIM; 1: as much noise as DDPM")
-    guidance_scale: float = Field(1.0, ge=0, description="classifier-free guidance; 1: none")
     endpoint: str | None = Field(None, description="URL of a running deployment; null: one is started and stopped")
     batch_size: int = Field(32, gt=0, description="of the deployment that is started: pictures in one call")
     num_replicas: int = Field(1, gt=0, description="of the deployment that is started: replicas")
@@ -97,7 +94,7 @@ def plan(config: EvaluateConfig) -> EvaluatePlan:
         raise RequestError(
             "holdout=0.0: the classifier's own accuracy needs pictures that it never saw; give 0.1, or features=vae"
         )
-    make_plan(snapshot.diffusion_config, SamplerConfig(num_inference_steps=config.num_inference_steps, eta=config.eta))
+    make_plan(snapshot.diffusion_config, config)
     try:
         urls = shards.shard_names(storage.expand(config.reference))
     except RequestError as error:
@@ -196,10 +193,8 @@ def _draw(config: EvaluateConfig, client: SamplesClient, snapshot: Snapshot) -> 
         pixels = client.draw(
             labels,
             seeds,
-            num_inference_steps=config.num_inference_steps,
-            eta=config.eta,
-            guidance_scale=config.guidance_scale,
             progress=progress.advance_to,
+            **config.model_dump(mode="json", include=set(SamplerConfig.model_fields)),
         )
     return Pictures(pixels, labels)
 
@@ -233,7 +228,7 @@ def _document(
     figures: measures.Figures,
 ) -> dict[str, Any]:
     """report.json: the figures, and all that they depend on."""
-    settings = {"num_images", "seed", "num_inference_steps", "eta", "guidance_scale", "holdout", "max_reference"}
+    settings = {"num_images", "seed", "holdout", "max_reference", *SamplerConfig.model_fields}
     names = snapshot.conditioning.names
     return {
         "format": "ldm-evaluation",

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import ldm
 from ldm import images
-from ldm.config import Config, RequestError
+from ldm.config import RequestError
 from ldm.drawing import PictureSampler
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig, make_plan
@@ -38,8 +38,8 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Label = Annotated[StrictInt, Field(ge=0)] | Annotated[str, StringConstraints(max_length=200)]
 
 
-class SamplesRequest(Config):
-    """What to draw."""
+class SamplesRequest(SamplerConfig):
+    """What to draw, and how."""
 
     labels: list[Label] | None = Field(
         None, min_length=1, description="class numbers or names, taken in turn; null: all classes in turn"
@@ -49,8 +49,9 @@ class SamplesRequest(Config):
     )
     seed: Seed | None = Field(None, description="picture i has seed + i; null: 0")
     seeds: list[Seed] | None = Field(None, min_length=1, description="the seed of each picture, in place of seed")
-    num_inference_steps: int = Field(50, gt=0, le=MAX_STEPS, description="sampling steps S")
-    eta: float = Field(0.0, ge=0, le=1, description="0: deterministic DDIM; 1: as much noise as DDPM")
+    num_inference_steps: int = Field(
+        50, gt=0, le=MAX_STEPS, description="sampling steps S; heun calls the denoiser 2 S - 1 times"
+    )
     guidance_scale: float = Field(1.0, ge=0, le=1000, description="classifier-free guidance; 1: none")
     response_format: Literal["json", "png", "npy"] = Field(
         "json", description="json: PNGs in base64; png: one picture; npy: raw uint8 (N, 3, H, W), for bulk"
@@ -63,10 +64,6 @@ class SamplesRequest(Config):
         if self.seeds is not None and self.num_images not in (None, len(self.seeds)):
             raise ValueError(f"num_images={self.num_images}: {len(self.seeds)} seeds are given; leave it out")
         return self
-
-    @property
-    def settings(self) -> SamplerConfig:
-        return SamplerConfig(**self.model_dump(include={"num_inference_steps", "eta", "guidance_scale"}))
 
     def resolve(self, conditioning: Conditioning, max_images: int) -> tuple[Tensor | None, Tensor]:
         """Labels and seeds of the pictures, int64 (N,); labels None for an unconditional model.
@@ -126,9 +123,9 @@ class Engine:
     async def draw(self, labels: Tensor | None, seeds: Tensor, request: SamplesRequest) -> npt.NDArray[np.uint8]:
         """=> raw pixels uint8 (N, 3, H, W). Raises RequestError and Overloaded."""
         # Made once more where it is drawn; here so that a wrong request is told at once, and does not queue.
-        make_plan(self.sampler.diffusion, request.settings)
+        make_plan(self.sampler.diffusion, request)
         self.refuse_overload()
-        work = partial(self.sampler.draw, labels, seeds, request.settings)
+        work = partial(self.sampler.draw, labels, seeds, request)
         self.waiting += 1
         try:
             pictures = await asyncio.get_running_loop().run_in_executor(self._thread, work)

@@ -32,7 +32,7 @@ from pipelines.tracking import Tracker, TrackingConfig
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 HOLDOUT = 0.2
-QUICK: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 1.5, "holdout": HOLDOUT}
+QUICK: dict[str, Any] = {"sampler": "dpmpp_2m", "num_inference_steps": 2, "guidance_scale": 1.5, "holdout": HOLDOUT}
 
 
 @pytest.fixture(scope="module")
@@ -202,6 +202,8 @@ class TestEvaluate:
         counts = document["reference"]
         assert (counts["train"] + counts["holdout"], counts["skipped"]) == (700, 1)
         assert document["settings"]["num_images"] == 101
+        assert {key: document["settings"][key] for key in QUICK} == QUICK
+        assert document["settings"]["spacing"] is None  # what is not given is named too
         assert document["snapshot"]["step"] == 30
         assert [row["name"] for row in document["by_class"]][:2] == ["zero", "one"]
         drawn = [11] + [10] * 9  # of 101 pictures, the classes in turn

@@ -24,6 +24,7 @@ from PIL import Image
 
 from ldm import images
 from ldm.config import RequestError
+from ldm.diffusion import DiffusionConfig
 from ldm.drawing import PictureSampler, load_sampler
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig
@@ -154,7 +155,10 @@ class TestDeployment:
         ({"num_inference_steps": 0}, "num_inference_steps=0: input should be greater than 0"),
         ({"num_inference_steps": 1001}, "num_inference_steps=1001: must be 1 to 1000"),
         ({"num_inference_steps": 10**8}, "num_inference_steps=100000000: input should be less than or equal to"),
-        ({"eta": 1.5}, "eta=1.5: input should be less than or equal to 1"),
+        ({"eta": 1.5}, "eta=1.5: must be from 0 (deterministic) to 1 (ancestral), or sigma_hat"),
+        ({"sampler": "heun"}, "sampler=heun: is for a flow; this model is a diffusion"),
+        ({"sampler": "dpmpp_2m", "eta": 0.5}, "eta=0.5: sampler=dpmpp_2m is deterministic"),
+        ({"guidance_interval": [0.8, 0.2]}, "guidance_interval=[0.8, 0.2]: must be two rising shares"),
         ({"guidance": 2}, "guidance=2: extra inputs are not permitted"),
         (b'{"eta": NaN}', "eta=NaN: "),
         (b'{"guidance_scale": Infinity}', "guidance_scale=Infinity: "),
@@ -167,6 +171,30 @@ def test_a_wrong_request_names_its_field(sampler: PictureSampler, snapshot: str,
     assert answer.status_code == 422, answer.text
     assert detail.lower() in answer.json()["detail"].lower()
     assert "\n" not in answer.json()["detail"]
+
+
+@pytest.mark.parametrize(
+    ("diffusion", "settings"),
+    [
+        (DiffusionConfig(), {"sampler": "dpmpp_2m"}),
+        (DiffusionConfig(), {"eta": "sigma_hat", "spacing": "leading", "clip_x0": 2.0}),
+        (DiffusionConfig(), {"guidance_scale": 3, "guidance_interval": [0.2, 0.8], "guidance_rescale": 0.7}),
+        (DiffusionConfig(schedule="flow"), {"sampler": "heun"}),
+    ],
+    ids=str,
+)
+def test_every_setting_of_the_sampler_is_taken(snapshot: str, diffusion: DiffusionConfig, settings: Any) -> None:
+    sampler = load_sampler(snapshot, BATCH, "cpu")
+    sampler.diffusion = diffusion
+    body = {"num_inference_steps": 4, "labels": [3], "seed": 5, "response_format": "npy"}
+    usual, found = (
+        np.load(io.BytesIO(post(Engine(sampler, 1), snapshot, {**body, **changes}).raise_for_status().content))
+        for changes in ({}, settings)
+    )
+    labels, seeds = torch.tensor([3]), torch.tensor([5])
+    expected = sampler.draw(labels, seeds, SamplerConfig(num_inference_steps=4, **settings))
+    assert np.array_equal(found, expected.numpy())
+    assert not np.array_equal(found, usual)
 
 
 def test_an_unconditional_model_takes_no_label_and_no_guidance(tmp_path: Path) -> None:
