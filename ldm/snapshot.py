@@ -135,13 +135,15 @@ def read_snapshot(url: str, key: str = "snapshot") -> Snapshot:
         raise RequestError(f"{key}={error}") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise RequestError(f"{key}={url}: snapshot.json is not of a snapshot; give one that `ldm train` wrote")
+    if not isinstance(values.get("version"), int):
+        raise RequestError(f"{key}={url}: snapshot.json is damaged (version={values.get('version')})")
     if values["version"] > VERSION:
         raise RequestError(f"{key}={url}: has format version {values['version']}, this program reads up to {VERSION}")
     try:
         return Snapshot(
             url=url,
             denoiser=values["denoiser"],
-            diffusion_config=validate(DiffusionConfig, values["diffusion"]),
+            diffusion_config=_read_diffusion(values["diffusion"]),
             statistics=Statistics(tuple(values["statistics"]["mean"]), tuple(values["statistics"]["std"])),
             conditioning=Conditioning.from_dict(values["conditioning"]),
             latent_shape=tuple(values["latent_shape"]),
@@ -150,8 +152,17 @@ def read_snapshot(url: str, key: str = "snapshot") -> Snapshot:
             images_seen=values["images_seen"],
             weights_sha256=values["weights_sha256"],
         )
+    except RequestError as error:
+        raise RequestError(f"{key}={url}: snapshot.json: {error}") from None
     except (KeyError, TypeError) as error:
         raise RequestError(f"{key}={url}: snapshot.json is damaged ({type(error).__name__}: {error})") from None
+
+
+def _read_diffusion(values: dict[str, Any]) -> DiffusionConfig:
+    try:
+        return validate(DiffusionConfig, values)
+    except RequestError as error:
+        raise RequestError(f"diffusion.{error}") from None
 
 
 def copy_autoencoder(source: str, target: str) -> None:

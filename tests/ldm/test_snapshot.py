@@ -83,6 +83,21 @@ def test_what_is_no_snapshot(tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": None}, r"snapshot.json is damaged \(version=None\)"),
+        ({"diffusion": {"schedule": "sigmoid"}}, r"snapshot.json: diffusion\.schedule=sigmoid: input should be"),
+        ({"diffusion": {"shift": 0}}, r"snapshot.json: diffusion\.shift=0: "),
+    ],
+)
+def test_a_damaged_description_names_the_snapshot(place, changes, message):
+    edit(place, **changes)
+    with pytest.raises(RequestError, match=f"^init_from={place}: {message}") as caught:
+        read_snapshot(place, "init_from")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_newer_format_is_refused(place):
     edit(place, version=2)
     with pytest.raises(RequestError, match="has format version 2, this program reads up to 1"):
