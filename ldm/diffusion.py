@@ -74,7 +74,7 @@ class DiffusionConfig(Config):
     logit_mean: float = Field(0.0, description="mean of the normal of logit_normal; above 0: more noise")
     logit_std: float = Field(1.0, gt=0, description="standard deviation of the normal of logit_normal")
     shift: float = Field(
-        1.0, gt=0, description="of a flow's t, in training and sampling; above 1: more time at high noise (SD3: 3)"
+        1.0, ge=1e-3, description="of a flow's t, in training and sampling; above 1: more time at high noise (SD3: 3)"
     )
 
     @model_validator(mode="before")

@@ -119,7 +119,7 @@ def guided(
         conditional, null = denoiser(torch.cat([x, x]), torch.cat([t, t]), both_labels).to(x.dtype).chunk(2)
         answer = null + guidance_scale * (conditional - null)
         if rescale > 0:
-            answer = answer * (1 - rescale + rescale * _deviation(conditional) / _deviation(answer))
+            answer = answer * (1 - rescale + rescale * _deviation(conditional) / _deviation(answer).clamp(min=1e-12))
         return answer if inside.all() else torch.where(inside.reshape(-1, *[1] * (x.ndim - 1)), answer, conditional)
 
     return denoiser_fn

@@ -1,6 +1,7 @@
 """Checkpoints of facebookresearch/DiT: the published `DiT-XL-2-256x256.pt`, or what its train.py writes."""
 
 import argparse
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def read_original(url: str, num_heads: int | None, temporary: Path) -> ForeignMo
         "depth": depth,
         "num_heads": num_heads or _published_heads(hidden_size),
         "patch_size": patch_size,
-        "mlp_ratio": width / hidden_size,
+        "mlp_ratio": _ratio(width, hidden_size),
         "learned_sigma": outputs == 2 * channels * patch_size**2,
     }
     num_classes = len(table) - 1
@@ -97,6 +98,12 @@ def _tensor(weights: dict[str, Tensor], name: str, ndim: int) -> Tensor:
     if name not in weights or weights[name].ndim != ndim:
         raise RequestError(f"holds no {name} of {ndim} dimensions; it is no DiT checkpoint")
     return weights[name]
+
+
+def _ratio(width: int, hidden_size: int) -> float:
+    """The mlp_ratio of which our DiT makes this very width, which it rounds down."""
+    ratio = width / hidden_size
+    return ratio if int(hidden_size * ratio) == width else math.nextafter(ratio, math.inf)
 
 
 def _published_heads(hidden_size: int) -> int:

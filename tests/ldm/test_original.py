@@ -16,6 +16,7 @@ from torch import Tensor
 from ldm.config import RequestError
 from ldm.diffusion import DiffusionConfig
 from ldm.exchange import ImportConfig, ImportReport, import_model
+from ldm.exchange.original import _ratio
 from ldm.latents.manifest import Conditioning
 from ldm.latents.receipt import Statistics
 from ldm.sampling import SampleConfig, sample
@@ -194,3 +195,9 @@ def test_what_the_file_does_not_say_is_asked_for(kl_folder, tmp_path):
         imported(tmp_path / "DiT.pt", kl_folder, num_heads=None)
     with pytest.raises(RequestError, match="^from=absent.pt: is not there"):
         import_model(ImportConfig(source="absent.pt", output=str(tmp_path / "x"), autoencoder=str(kl_folder)))
+
+
+def test_every_width_of_an_mlp_is_that_of_its_ratio():
+    for hidden_size in range(8, 200, 4):
+        for width in range(1, 6 * hidden_size):
+            assert int(hidden_size * _ratio(width, hidden_size)) == width

@@ -248,6 +248,7 @@ def test_diffusers_own_extra_step_is_refused() -> None:
         ("profile=diffusers sampler=dpmpp_2m", ["no sampler=dpmpp_2m"]),
         ("profile=diffusers eta=sigma_hat", ["no eta=sigma_hat"]),
         ("guidance_interval=[0.8,0.2]", ["guidance_interval", "rising"]),
+        ("guidance_interval=0.8,0.2", ["guidance_interval", "rising"]),
         ("guidance_rescale=2", ["guidance_rescale=2"]),
         ("clip_x0=0", ["clip_x0=0"]),
     ],
@@ -257,6 +258,18 @@ def test_settings_that_cannot_work_are_refused_by_the_config(overrides: str, wor
         parse(SamplerConfig, [], overrides.split())
     assert "\n" not in str(refused.value)
     assert all(word in str(refused.value) for word in words), refused.value
+
+
+def test_an_interval_is_read_as_labels_are() -> None:
+    assert parse(SamplerConfig, [], ["guidance_interval=0.2,0.8"]).guidance_interval == (0.2, 0.8)
+    assert parse(SamplerConfig, [], ["guidance_interval=[0.2,0.8]"]).guidance_interval == (0.2, 0.8)
+
+
+def test_the_smallest_shift_has_a_plan() -> None:
+    with pytest.raises(RequestError, match=r"^shift=1e-17: input should be greater than or equal to 0\.001"):
+        parse(DiffusionConfig, [], ["schedule=flow", "shift=1e-17"])
+    plan = make_plan(DiffusionConfig(schedule="flow", shift=1e-3), SamplerConfig(num_inference_steps=10))
+    assert all(step.t > step.t_prev for step in plan.steps)
 
 
 @pytest.mark.parametrize(

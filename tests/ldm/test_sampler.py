@@ -442,3 +442,10 @@ def test_a_denoiser_that_knows_the_one_picture_leads_to_it(config, settings) -> 
     for steps in (1, 3, 50):
         x0 = sample_latents(answer, torch.ones(1, 2, 4, 4, dtype=torch.float64), plan_of(config, steps, **settings))
         torch.testing.assert_close(x0, picture, rtol=0, atol=1e-9)
+
+
+def test_a_rescaled_answer_that_is_zero_stays_zero() -> None:
+    """As a fresh denoiser answers: its deviation is 0."""
+    x = torch.ones(2, 4, 4, 4)
+    denoise = guided(lambda x, t, labels: torch.zeros_like(x), torch.tensor([0, 1]), 4.0, 2, rescale=0.7)
+    assert torch.equal(denoise(x, torch.tensor([5, 5])), torch.zeros_like(x))
