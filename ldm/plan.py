@@ -81,6 +81,13 @@ class SamplerConfig(Config):
             raise ValueError("must be two rising shares between 0 and 1, such as [0.2, 0.8]")
         return value
 
+    @field_validator("guidance_interval", "guidance_rescale")
+    @classmethod
+    def _is_of_guidance(cls, value: object, info: ValidationInfo) -> object:
+        if value != cls.model_fields[str(info.field_name)].default and info.data.get("guidance_scale") == 1:
+            raise ValueError("at guidance_scale=1 nothing is guided; give guidance_scale, or leave it out")
+        return value
+
     @field_validator("eta")
     @classmethod
     def _sampler_has_noise(cls, value: Eta, info: ValidationInfo) -> Eta:

@@ -212,6 +212,10 @@ def _check_task(config: SampleConfig, pictures: Sequence[str]) -> None:
             "inpaint paints where it is white; give mask=FILE" if task == "inpaint" else f"is no part of task={task}"
         )
         raise RequestError(f"mask={config.mask or 'null'}: {wrong}")
+    if config.mask_blur and config.mask is None:
+        raise RequestError(f"mask_blur={config.mask_blur}: is of a mask; leave it out, or give task=inpaint mask=FILE")
+    if config.clip_x0 is not None and pictures and task not in EDITS:
+        raise RequestError(f"clip_x0={config.clip_x0}: inversion knows no clipping; leave it out for task={task}")
     if config.strength is not None and task not in ("variations", *EDITS):
         raise RequestError(f"strength={config.strength}: is no part of task={task}; leave it out")
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
 
-from ldm.config import Config, Location
+from ldm.config import Config, Location, RequestError
 from ldm.denoiser import DenoiserConfig
 from ldm.diffusion import DiffusionConfig
 from ldm.latents.dataset import Shuffle
@@ -99,6 +99,21 @@ OPERATIONAL = frozenset(
 )
 """Keys that may change when a run goes on: they do not change what is learned. (`latents` may move: its generation,
 which names its content, may not change. `exclude` may grow, and the run keeps what was left out from which step on.)"""
+
+
+_ONLY_WITH = {
+    "logit_mean": ("timestep_sampling", "logit_normal"),
+    "logit_std": ("timestep_sampling", "logit_normal"),
+    "min_snr_gamma": ("loss_weighting", "min_snr"),
+}
+
+
+def check_unused(diffusion: DiffusionConfig) -> None:
+    """Raises RequestError for what a fresh run would ignore; snapshots and runs that have it are still read."""
+    for key, (needs, right) in _ONLY_WITH.items():
+        value = getattr(diffusion, key)
+        if value != DiffusionConfig.model_fields[key].default and getattr(diffusion, needs) != right:
+            raise RequestError(f"diffusion.{key}={value}: is for diffusion.{needs}={right}; leave it out")
 
 
 def trajectory(config: TrainConfig) -> dict[str, Any]:

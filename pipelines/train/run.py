@@ -20,7 +20,7 @@ from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import newest_checkpoint
 from pipelines.train.checkpoint_files import read_marker
-from pipelines.train.config import TrainConfig, trajectory
+from pipelines.train.config import TrainConfig, check_unused, trajectory
 from pipelines.train.loop import open_latents, snapshot_url, train_worker
 from pipelines.train.record import (
     RunRecord,
@@ -75,6 +75,8 @@ def plan(config: TrainConfig) -> TrainPlan:
     exclusions = exclusions_asked(config, record, step)
     dataset = open_latents(config, record.generations if record else None, exclusions)
     _check_batch(config)
+    if record is None:
+        check_unused(config.diffusion)
     with torch.device("meta"):
         denoiser = build_denoiser(
             config.denoiser,

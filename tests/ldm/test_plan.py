@@ -249,6 +249,8 @@ def test_diffusers_own_extra_step_is_refused() -> None:
         ("profile=diffusers eta=sigma_hat", ["no eta=sigma_hat"]),
         ("guidance_interval=[0.8,0.2]", ["guidance_interval", "rising"]),
         ("guidance_interval=0.8,0.2", ["guidance_interval", "rising"]),
+        ("guidance_interval=[0.2,0.8]", ["guidance_interval=[0.2, 0.8]: at guidance_scale=1 nothing is guided"]),
+        ("guidance_rescale=0.7", ["guidance_rescale=0.7: at guidance_scale=1 nothing is guided"]),
         ("guidance_rescale=2", ["guidance_rescale=2"]),
         ("clip_x0=0", ["clip_x0=0"]),
     ],
@@ -261,8 +263,9 @@ def test_settings_that_cannot_work_are_refused_by_the_config(overrides: str, wor
 
 
 def test_an_interval_is_read_as_labels_are() -> None:
-    assert parse(SamplerConfig, [], ["guidance_interval=0.2,0.8"]).guidance_interval == (0.2, 0.8)
-    assert parse(SamplerConfig, [], ["guidance_interval=[0.2,0.8]"]).guidance_interval == (0.2, 0.8)
+    for text in ("0.2,0.8", "[0.2,0.8]"):
+        found = parse(SamplerConfig, [], ["guidance_scale=4", f"guidance_interval={text}"])
+        assert found.guidance_interval == (0.2, 0.8)
 
 
 def test_the_smallest_shift_has_a_plan() -> None:

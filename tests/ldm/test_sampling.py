@@ -272,6 +272,8 @@ def test_every_task_gives_a_picture_that_does_not_depend_on_its_neighbours(snaps
         ({"task": "interpolate", "pictures": "pictures"}, "^pictures=pictures: are 3; interpolate needs exactly 2"),
         ({"task": "inpaint", "pictures": "pictures"}, "^mask=null: .*give mask=FILE"),
         ({"mask": "mask.png"}, "^mask=mask.png: is no part of task=generate"),
+        ({"mask_blur": 3}, "^mask_blur=3: is of a mask; leave it out"),
+        ({"task": "reconstruct", "pictures": "pictures", "clip_x0": 2}, "^clip_x0=2.0: inversion knows no clipping"),
         ({"strength": 0.5}, "^strength=0.5: is no part of task=generate"),
         ({"task": "reconstruct", "pictures": "pictures", "eta": 1}, "^task=reconstruct: inverts pictures.*use eta=0"),
         ({"task": "variations", "pictures": "pictures", "sampler": "dpmpp_2m"}, "^task=variations: inverts pictures"),

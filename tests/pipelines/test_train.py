@@ -225,6 +225,11 @@ def test_workers_that_fail_to_the_end_are_an_error_with_the_cause(
         ({"zero_stage": 7}, "zero_stage=7: should be 0, 1, 2 or 3"),
         ({"denoiser": {"patch_size": 3}}, "denoiser.patch_size=3: does not divide the latent size 2x2"),
         ({"denoiser": {"type": "no.such:Thing"}}, "denoiser.type=no.such:Thing: cannot import"),
+        ({"diffusion": {"min_snr_gamma": 2}}, "diffusion.min_snr_gamma=2.0: is for diffusion.loss_weighting=min_snr; "),
+        (
+            {"diffusion": {"schedule": "flow", "logit_mean": 0.5}},
+            "diffusion.logit_mean=0.5: is for diffusion.timestep_sampling=logit_normal; leave it out",
+        ),
         ({"resume": "required"}, "resume=required: .* holds no checkpoint"),
         ({"init_from": "/nowhere"}, "init_from=/nowhere: is no snapshot"),
         ({"holdout": 0.999999}, "the train split holds no sample"),
