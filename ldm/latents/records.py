@@ -195,7 +195,8 @@ class Records:
                 "labels": columns["label"].fill_null(self.null_label).to_numpy()[place],
                 "offsets": ((mapped.data_ptr() + offsets) // _ALIGNMENT)[place],
                 "crcs": index["crc32"].to_numpy()[place],
-                "checked": np.zeros(len(offsets), bool)[place],
+                # What came through the cache was held against its hash when it came.
+                "checked": np.full(len(offsets), not is_local(tar_file.url))[place],
             }
         )
         held.maps.append(mapped)
@@ -246,7 +247,7 @@ class Records:
     def _check(
         self, held: _Open, places: Integers, out: npt.NDArray[np.float16], source: Integers, shards: Integers
     ) -> None:
-        """Holds each record against its crc32, once: a check at each read would halve the speed."""
+        """Holds each record of a local tar against its crc32, once: a check at each read would halve the speed."""
         fresh = np.flatnonzero(~held.arrays["checked"][places])
         for row in fresh:
             if zlib.crc32(memoryview(out[row])) != held.arrays["crcs"][places[row]]:
