@@ -28,7 +28,8 @@ from ldm.latents.choice import Choice, Chosen, Split, choose, exclusions_by_step
 from ldm.latents.manifest import Manifest, check_alike, read_manifest
 from ldm.latents.order import LANES, Integers
 from ldm.latents.receipt import Statistics
-from ldm.latents.records import Records, Source
+from ldm.latents.records import Records
+from ldm.latents.source import Source
 from ldm.latents.stream import Mixture, Placed, Stream, apportion, integer_weights, most_before
 
 Shuffle = Literal["lanes", "full"]

@@ -10,10 +10,9 @@ import os
 import threading
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,15 @@ from torch import Tensor
 
 from ldm.config import DamagedError
 from ldm.latents.cache import Cache, RemoteFile
-from ldm.latents.choice import Chosen
-from ldm.latents.manifest import Manifest
 from ldm.latents.order import LIVE_SHARDS
+from ldm.latents.source import Source
 from ldm.latents.tables import from_parquet
-from ldm.latents.writer import columns_url, index_url, latents_url
 from ldm.storage import is_local
 
 Integers = npt.NDArray[np.int64]
 _ALIGNMENT = 64
 """Of a record in a file, in bytes: tar members begin at multiples of 512, and a .npy header is a multiple of 64."""
-_FETCHED_AT_ONCE = 8
+_OPENED_AT_ONCE = 8
 _MOST_RECORDS = 8_000_000
 _MOST_MAPS = 16_384
 """What is held of open shards, at most, unless the windows of the lanes need more: 25 bytes a record, and as many
@@ -42,47 +39,17 @@ mappings as a quarter of Linux's limit. Above it the less recently used half giv
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
-@dataclass
-class Source:
-    """The shards of one data set that hold one shape, and which of their records are chosen.
-
-    numbers: of the shards in the manifest, (S,). chosen: over all shards of the manifest.
-    """
-
-    manifest: Manifest
-    numbers: Integers
-    chosen: Chosen
-
-    @cached_property
-    def counts(self) -> Integers:
-        """Chosen records of each shard (S,)."""
-        return self.chosen.counts[self.numbers]
-
-    def records(self, shard: int, indices: Integers) -> Integers:
-        """The numbers in its tar of chosen records of a shard (n,)."""
-        numbers = self._chosen_numbers(shard)
-        return indices if numbers is None else numbers[indices]
-
-    def lacks(self, shard: int, records: Integers) -> npt.NDArray[np.bool_]:
-        """Which records of a shard are not chosen (n,)."""
-        numbers = self._chosen_numbers(shard)
-        return np.zeros(len(records), bool) if numbers is None else ~np.isin(records, numbers)
-
-    def _chosen_numbers(self, shard: int) -> Integers | None:
-        number = int(self.numbers[shard])
-        return self.chosen.numbers(number, int(self.manifest.counts[number]))
-
-    def files(self, shard: int) -> list[RemoteFile]:
-        """The index, the columns and the tar of shard number `shard` of this source."""
-        url, row = self.manifest.url, self.manifest.shard(int(self.numbers[shard]))
-        return [
-            RemoteFile(index_url(url, row["name"]), row["index_sha256"], row["index_bytes"]),
-            RemoteFile(columns_url(url, row["columns"]), row["columns_sha256"], row["columns_bytes"]),
-            RemoteFile(latents_url(url, row["name"]), row["sha256"], row["bytes"]),
-        ]
-
-
 _FIELDS = {"ids": np.int64, "labels": np.int32, "offsets": np.int64, "crcs": np.uint32, "checked": np.bool_}
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard as it is opened: its chosen records, its mapped tar, where that lies in the cache, its captions."""
+
+    arrays: dict[str, npt.NDArray[Any]]
+    mapped: Tensor
+    path: str
+    captions: Any
 
 
 @dataclass
@@ -174,11 +141,10 @@ class Records:
                 self._used[number][its] = self._turn
             missing = [(n, int(shard)) for n, its in wanted.items() for shard in its[self._open.starts[n][its] < 0]]
             if missing:
-                self._fetch(missing)
                 held = self._open = self._with_room(missing)
                 try:
-                    for number, shard in missing:
-                        self._open_shard(held, number, shard)
+                    for (number, shard), opened in zip(missing, self._opened_at_once(missing), strict=True):
+                        self._add(held, number, shard, opened)
                 finally:  # where one fails, those before it are open
                     self._set_window(held)
             return self._open
@@ -219,49 +185,44 @@ class Records:
                 kept.captions[number, shard] = held.captions[number, shard]
         return kept
 
-    def _fetch(self, shards: Sequence[tuple[int, int]]) -> None:
-        """Has the files of several shards fetched at once where they are remote."""
-        files = [file for number, shard in shards for file in self.sources[number].files(shard)]
-        if remote := [file for file in files if not is_local(file.url)]:
-            with ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
-                list(pool.map(self._cache.get, remote))
+    def _opened_at_once(self, shards: Sequence[tuple[int, int]]) -> Iterator[_Shard]:
+        if len(shards) == 1:
+            yield self._open_shard(*shards[0])
+            return
+        with ThreadPoolExecutor(min(len(shards), _OPENED_AT_ONCE)) as pool:
+            yield from pool.map(self._open_shard, *zip(*shards, strict=True))
 
-    def _nothing_open(self) -> _Open:
-        return _Open([np.full(len(source.numbers), -1, np.int64) for source in self.sources])
-
-    def _missing(self, held: _Open, source: Integers, shards: Integers) -> list[tuple[int, int]]:
-        found = []
-        for number in np.unique(source):
-            wanted = np.unique(shards[source == number])
-            found += [(int(number), int(shard)) for shard in wanted[held.starts[number][wanted] < 0]]
-        return found
-
-    def _open_shard(self, held: _Open, number: int, shard: int) -> None:
+    def _open_shard(self, number: int, shard: int) -> _Shard:
         source = self.sources[number]
         index_file, columns_file, tar_file = source.files(shard)
         names = ["id", "label", *(["caption"] if self._with_captions else [])]
         index = from_parquet(self._read(index_file), ["id", "offset", "crc32"])
         columns = from_parquet(self._read(columns_file), names)
-        mapped, place_on_disk = self._map(tar_file)
+        mapped, path = self._map(tar_file)
         offsets = index["offset"].to_numpy()
         if len(index) != len(columns) or (offsets % _ALIGNMENT).any() or not self._fits(offsets, mapped):
             raise DamagedError(f"{index_file.url}: does not belong to its tar and columns; it is damaged")
         chosen = source.chosen.numbers(int(source.numbers[shard]), len(index))
         place = slice(None) if chosen is None else chosen
-        first = held.append(
-            {
-                "ids": columns["id"].to_numpy()[place],
-                "labels": columns["label"].fill_null(self.null_label).to_numpy()[place],
-                "offsets": ((mapped.data_ptr() + offsets) // _ALIGNMENT)[place],
-                "crcs": index["crc32"].to_numpy()[place],
-                # What came through the cache was held against its hash when it came.
-                "checked": np.full(len(offsets), not is_local(tar_file.url))[place],
-            }
-        )
-        held.maps[number, shard] = mapped, "" if is_local(tar_file.url) else str(place_on_disk)
+        arrays = {
+            "ids": columns["id"].to_numpy()[place],
+            "labels": columns["label"].fill_null(self.null_label).to_numpy()[place],
+            "offsets": ((mapped.data_ptr() + offsets) // _ALIGNMENT)[place],
+            "crcs": index["crc32"].to_numpy()[place],
+            # What came through the cache was held against its hash when it came.
+            "checked": np.full(len(offsets), not is_local(tar_file.url))[place],
+        }
+        captions = None
         if self._with_captions:
             captions = columns["caption"].combine_chunks()
-            held.captions[number, shard] = captions if chosen is None else captions.take(chosen)
+            captions = captions if chosen is None else captions.take(chosen)
+        return _Shard(arrays, mapped, "" if is_local(tar_file.url) else str(path), captions)
+
+    def _add(self, held: _Open, number: int, shard: int, opened: _Shard) -> None:
+        first = held.append(opened.arrays)
+        held.maps[number, shard] = opened.mapped, opened.path
+        if opened.captions is not None:
+            held.captions[number, shard] = opened.captions
         held.starts[number][shard] = first
 
     def _read(self, file: RemoteFile) -> bytes:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.latents.order import FullOrder, Integers, LaneOrder, derive, stream_key
-from ldm.latents.records import Source
+from ldm.latents.source import Source
 
 _WEIGHT_BITS = 20
 

@@ -289,7 +289,7 @@ def test_what_cannot_be_asked(scored, two):
             LatentDataset(scored, **{"global_batch_size": 4, **options})
     data = LatentDataset(scored, global_batch_size=4)
     for rank, world in ((0, 3), (2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(RequestError, match="give ranks of a world that divides the batch of 4"):
+        with pytest.raises(RequestError, match="give the ranks of a world that divides the batch of 4"):
             data.batch(0, rank, world)
 
 
