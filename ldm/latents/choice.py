@@ -4,6 +4,7 @@ import ast
 import difflib
 import hashlib
 import operator
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -82,45 +83,50 @@ class Chosen:
         return digest.hexdigest()[:16]
 
 
-def choose(manifest: Manifest, choice: Choice) -> Chosen:
-    """Reads the columns that the choice asks about, of every shard; none where it takes all.
+def choose(manifest: Manifest, choices: Sequence[Choice]) -> list[Chosen]:
+    """Reads the columns that the choices ask about, of every shard, once; none where they take all.
 
+    choices: of one condition and one split; they differ in what they exclude.
     Raises RequestError for a condition that cannot be read or names no column, DamagedError.
     """
-    counts = manifest.counts
-    if choice.takes_all:
-        return Chosen(counts, (), {})
-    condition, columns = parse_condition(choice.where) if choice.where else (None, set())
-    excluded = pa.array(sorted(choice.exclude), pa.int64())
+    if all(choice.takes_all for choice in choices):
+        return [Chosen(manifest.counts, (), {}) for _ in choices]
+    where = choices[0].where
+    condition, columns = parse_condition(where) if where else (None, set())
+    lists = [pa.array(sorted(choice.exclude), pa.int64()) for choice in choices]
     wanted = sorted({*columns, "id", "picture"})
 
-    def read(row: int) -> tuple[npt.NDArray[np.bool_], dict[str, int], set[str]]:
+    def read(row: int) -> tuple[list[tuple[npt.NDArray[np.bool_], dict[str, int]]], set[str]]:
         table = _read_columns(manifest, row, wanted)
-        known = set(table.schema.names)
-        reasons = {
-            "where": _fulfilled(table, condition, columns, choice.where),
-            "exclude": ~(pc.is_in(table["id"], excluded).to_numpy() | pc.is_in(table["picture"], excluded).to_numpy()),
-            "holdout": is_held_out(table["picture"].to_numpy(), choice.holdout) == (choice.split == "holdout"),
-        }
-        mask, left_out = np.ones(len(table), bool), {}
-        for reason, kept in reasons.items():
-            left_out[reason] = int((mask & ~kept).sum())
-            mask &= kept
-        return mask, left_out, known
+        fulfilled = _fulfilled(table, condition, columns, where)
+        in_split = is_held_out(table["picture"].to_numpy(), choices[0].holdout) == (choices[0].split == "holdout")
+        found = []
+        for ids in lists:
+            excluded = pc.or_(pc.is_in(table["id"], ids), pc.is_in(table["picture"], ids)).to_numpy()
+            mask, left_out = np.ones(len(table), bool), {}
+            for reason, kept in (("where", fulfilled), ("exclude", ~excluded), ("holdout", in_split)):
+                left_out[reason] = int((mask & ~kept).sum())
+                mask &= kept
+            found.append((mask, left_out))
+        return found, set(table.schema.names)
 
-    chosen, left_out, known = [], dict.fromkeys(("where", "exclude", "holdout"), 0), set[str]()
-    masks: list[bytes | None] = []
+    counts = [np.zeros(len(manifest.counts), np.int64) for _ in choices]
+    masks: list[list[bytes | None]] = [[] for _ in choices]
+    left_out: list[Counter[str]] = [Counter() for _ in choices]
+    known = set[str]()
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for mask, left, names in pool.map(read, range(len(counts))):
-            chosen.append(int(mask.sum()))
-            masks.append(None if mask.all() else np.packbits(mask).tobytes())
-            left_out = {reason: count + left[reason] for reason, count in left_out.items()}
+        for row, (found, names) in enumerate(pool.map(read, range(len(manifest.counts)))):
             known |= names
+            for number, (mask, left) in enumerate(found):
+                counts[number][row] = mask.sum()
+                masks[number].append(None if mask.all() else np.packbits(mask).tobytes())
+                left_out[number].update(left)
     if missing := sorted(columns - known):
         near = difflib.get_close_matches(missing[0], _read_columns(manifest, 0, None).schema.names, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "`ldm inspect` lists the columns"
-        raise RequestError(f"where={choice.where}: {manifest.url} has no column {missing[0]!r}; {hint}")
-    return Chosen(np.array(chosen, np.int64), tuple(masks), {k: n for k, n in left_out.items() if n})
+        raise RequestError(f"where={where}: {manifest.url} has no column {missing[0]!r}; {hint}")
+    each = zip(counts, masks, left_out, strict=True)
+    return [Chosen(count, tuple(mask), {k: n for k, n in left.items() if n}) for count, mask, left in each]
 
 
 def is_held_out(ids: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool_]:
@@ -153,6 +159,8 @@ def exclusions_by_step(given: str | Collection[int] | Mapping[int, str | Collect
     found, so_far = {0: frozenset[int]()}, frozenset[int]()
     for step, ids in sorted(by_step.items()):
         so_far |= read_ids(ids) if isinstance(ids, str) else frozenset(map(int, ids))
+        if so_far and not 0 <= min(so_far) <= max(so_far) < 2**63:
+            raise RequestError(f"exclude: holds {max(so_far, key=abs)}, which is no id (0 to 2^63 - 1)")
         found[step] = so_far
     return found
 
@@ -220,7 +228,7 @@ def parse_condition(text: str) -> tuple[pc.Expression, set[str]]:
         return condition(ast.parse(text.strip(), mode="eval").body), columns
     except (SyntaxError, RecursionError, MemoryError):
         raise RequestError(f"where={text}: cannot be read; {_GRAMMAR}") from None
-    except (ValueError, pa.ArrowException) as error:
+    except (ValueError, OverflowError, pa.ArrowException) as error:
         if isinstance(error, RequestError):
             raise
         raise RequestError(f"where={text}: {' '.join(str(error).split())}; {_GRAMMAR}") from None

@@ -23,12 +23,13 @@ import torch
 from ldm import storage
 from ldm.config import RequestError
 from ldm.latents.batch import LatentBatch
-from ldm.latents.cache import Cache, RemoteFile
+from ldm.latents.cache import Cache
 from ldm.latents.choice import Choice, Chosen, Split, choose, exclusions_by_step
 from ldm.latents.manifest import Manifest, check_alike, read_manifest
 from ldm.latents.order import LANES, Integers
 from ldm.latents.receipt import Statistics
-from ldm.latents.records import Records, Source
+from ldm.latents.records import Records
+from ldm.latents.source import Source
 from ldm.latents.stream import Mixture, Placed, Stream, apportion, integer_weights, most_before
 
 Shuffle = Literal["lanes", "full"]
@@ -72,9 +73,12 @@ class LatentDataset:
         cache: Cache | None = None,
     ) -> None:
         urls = [url] if isinstance(url, str) else list(url)
-        generations = [generation] if isinstance(generation, str | None) else list(generation)
-        if generation is None:
-            generations *= len(urls)
+        pinned = [generation] if isinstance(generation, str) else generation
+        generations: Sequence[str | None] = pinned or [None] * len(urls)
+        if not urls or len(urls) != len(generations):
+            raise RequestError(f"latents={urls}: the run began with {len(generations)} data sets; give these, in order")
+        if global_batch_size < 1:
+            raise RequestError(f"global_batch_size={global_batch_size}: give at least 1")
         self.manifests = tuple(read_manifest(*pair) for pair in zip(urls, generations, strict=True))
         check_alike(self.manifests)
         self.url, self.seed, self.global_batch_size = ",".join(urls), seed, global_batch_size
@@ -84,7 +88,7 @@ class LatentDataset:
             raise RequestError(f"shuffle=full: reads everywhere at once, but latents={self.url} is remote; give lanes")
         self._exclusions = exclusions_by_step(exclude)
         choices = [Choice(where, ids, holdout, split) for ids in self._exclusions.values()]
-        chosen = [[choose(manifest, choice) for choice in choices] for manifest in self.manifests]
+        chosen = [choose(manifest, choices) for manifest in self.manifests]
         self._chosen = [each[-1] for each in chosen]
         for manifest, each in zip(self.manifests, self._chosen, strict=True):
             if not each.counts.sum():
@@ -94,7 +98,6 @@ class LatentDataset:
         self._open_shapes(list(self._exclusions), chosen, shuffle, captions)
         self._located: collections.OrderedDict[tuple[int, int, int], list[tuple[int, Placed]]]
         self._located, self._lock = collections.OrderedDict(), threading.Lock()
-        self._fetched_until = 0
         self._arguments = {
             "url": urls,
             "generation": [manifest.generation for manifest in self.manifests],
@@ -170,16 +173,16 @@ class LatentDataset:
 
         workers: threads; 0 reads when asked. ahead: batches that wait to be taken, at most.
         """
-        if workers == 0:
-            for step in itertools.count(first_step):
-                self._fetch(step, rank, world)
-                yield self.batch(step, rank, world, pin=pin)
-        self._fetched_until = 0
-        with ThreadPoolExecutor(workers, "latents") as pool:
+        with ThreadPoolExecutor(max(1, workers), "latents") as pool:
             waiting: collections.deque[Future[LatentBatch]] = collections.deque()
+            fetched_until = first_step
             try:
                 for step in itertools.count(first_step):
-                    self._fetch(step, rank, world)
+                    if step >= fetched_until and not self._is_local:
+                        fetched_until = self._fetch(step, rank, world)
+                    if workers == 0:
+                        yield self.batch(step, rank, world, pin=pin)
+                        continue
                     waiting.append(pool.submit(self.batch, step, rank, world, pin=pin))
                     if len(waiting) > ahead:
                         yield waiting.popleft().result()
@@ -200,7 +203,11 @@ class LatentDataset:
 
     def locate(self, step: int, rank: int = 0, world: int = 1) -> tuple[int, Placed]:
         """(number of the shape, where the rank's samples lie) of a step, without reading them."""
-        assert self.global_batch_size % world == 0
+        if world < 1 or self.global_batch_size % world or not 0 <= rank < world:
+            size = self.global_batch_size
+            raise RequestError(
+                f"rank={rank}, world={world}: give the ranks of a world that divides the batch of {size}"
+            )
         # A few samples cost as much as some thousands.
         chunk = max(1, _LOCATED_AT_ONCE * world // self.global_batch_size)
         key = (step // chunk, rank, world)
@@ -232,25 +239,26 @@ class LatentDataset:
         share = self.global_batch_size // world
         return np.sort(by_lane[rank * share : (rank + 1) * share])
 
-    def _fetch(self, step: int, rank: int, world: int) -> None:
-        """Has what the rank's lanes will read fetched, in the order of use."""
-        if self._is_local or step < self._fetched_until:
-            return
+    def _fetch(self, step: int, rank: int, world: int) -> int:
+        """Has what the rank's lanes will read fetched, in the order of use. Returns the step at which to ask again."""
         lanes = np.unique(self._slots(rank, world) % self.lanes).tolist()
-        files, ends = list[RemoteFile](), list[int]()
-        for shape, (mixture, records) in enumerate(zip(self._mixtures, self._records, strict=True)):
-            position = step * self._shape_weights[shape] // sum(self._shape_weights) * self.global_batch_size
+        ahead, ends, whole = list[tuple[float, int, int, int]](), list[float](), sum(self._shape_weights)
+        for shape, mixture in enumerate(self._mixtures):
+            share = self._shape_weights[shape] / whole * self.global_batch_size  # positions of it in a step, on average
+            position = step * self._shape_weights[shape] // whole * self.global_batch_size
             shards, until = mixture.shards_ahead(position, lanes)
-            files += [file for number, shard in shards for file in records.sources[number].files(shard)]
-            share = sum(self._shape_weights) / self._shape_weights[shape]
-            ends.append(step + math.ceil((until - position) * share / self.global_batch_size))
-        self.cache.prefetch(files)
-        self._fetched_until = max(step + 1, min(ends))
+            ahead += [(wait / share, shape, number, shard) for wait, number, shard in shards]
+            ends.append(step + (until - position) / share)
+        ahead.sort(key=lambda entry: entry[0])
+        sources = [(self._records[shape].sources[number], shard) for _, shape, number, shard in ahead]
+        self.cache.prefetch([file for source, shard in sources for file in source.files(shard)])
+        return max(step + 1, math.ceil(min(ends)))
 
     def _open_shapes(self, steps: list[int], chosen: list[list[Chosen]], shuffle: Shuffle, captions: bool) -> None:
         """Builds a mixture of streams and a reader of records for each shape."""
         self._mixtures, self._records = list[Mixture](), list[Records]()
-        for shape in sorted({shape for manifest in self.manifests for shape in manifest.shapes}):
+        shapes = sorted({shape for manifest in self.manifests for shape in manifest.shapes})
+        for shape in shapes:
             sources, streams, weights = list[Source](), list[Stream](), list[int]()
             for manifest, each, weight in zip(self.manifests, chosen, self._weights, strict=True):
                 numbers = manifest.shapes.get(shape, np.empty(0, np.int64))
@@ -264,7 +272,9 @@ class LatentDataset:
                 sources += its
             if streams:
                 self._mixtures.append(Mixture(streams, weights, self.lanes))
-                self._records.append(Records(sources, shape, self.num_classes, self.cache, captions))
+                self._records.append(
+                    Records(sources, shape, self.num_classes, self.cache, captions=captions, shapes=len(shapes))
+                )
         self._shape_weights = [sum(mixture.weights) for mixture in self._mixtures]
         for number, step in enumerate(steps[1:], start=1):
             for place, mixture in enumerate(self._mixtures):
@@ -279,8 +289,8 @@ class LatentDataset:
 
 def _integer_weights(weights: Sequence[float] | None, chosen: Sequence[Chosen]) -> list[int]:
     """Of each data set: the numbers of their samples, or what was asked for."""
-    if weights is None or len(chosen) == 1:
+    if weights is None:
         return [int(each.counts.sum()) for each in chosen]
-    if len(weights) != len(chosen) or not all(weight > 0 for weight in weights):
+    if len(weights) != len(chosen) or not all(0 < weight < math.inf for weight in weights):
         raise RequestError(f"weights={list(weights)}: give one above 0 for each of the {len(chosen)} data sets")
     return integer_weights(weights)

@@ -51,7 +51,9 @@ def permute(positions: Integers, counts: int | Integers, stream: Unsigned) -> In
     """Each position in [0, count) => another one in [0, count): int64 (n,). counts and keys are one for all or (n,)."""
     limits = np.broadcast_to(counts, positions.shape).astype(np.uint64)
     sides = np.ceil(np.sqrt(limits)).astype(np.uint64)
-    values = _feistel(positions.astype(np.uint64), sides, stream)
+    values = positions.astype(np.uint64)
+    assert (values < limits).all(), "a position outside would walk for ever"
+    values = _feistel(values, sides, stream)
     outside = np.flatnonzero(values >= limits)
     while len(outside):
         again = _feistel(values[outside], sides[outside], stream[outside] if len(stream) > 1 else stream)
@@ -126,12 +128,12 @@ class LaneOrder:
         epochs = self.epoch_of(positions)
         shards, indices = np.empty_like(positions), np.empty_like(positions)
         for epoch in np.unique(epochs):
-            here = np.flatnonzero(epochs == epoch) if epochs[0] != epochs[-1] else slice(None)
+            here = np.flatnonzero(epochs == epoch)
             shards[here], indices[here] = self._epoch(int(epoch)).locate(positions[here])
         return shards, indices, epochs
 
-    def shards_ahead(self, position: int, lanes: Sequence[int]) -> tuple[list[int], int]:
-        """(shards that the given lanes read from `position` on: of the windows that they are in, then of the next
+    def shards_ahead(self, position: int, lanes: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
+        """((positions until a window begins, a shard of it) of the windows that the given lanes are in and of the next
         ones, in the order in which these begin; the position at which the first of the windows ends)"""
         found: list[tuple[int, Integers]] = []
         ends = []
@@ -142,8 +144,11 @@ class LaneOrder:
                 found.append((begin, shards))
                 begin = end
                 ends.append(end)
-        found.sort(key=lambda window: window[0])
-        return list(dict.fromkeys(int(shard) for _, shards in found for shard in shards)), min(ends)
+        first: dict[int, int] = {}
+        for begin, shards in sorted(found, key=lambda window: window[0]):
+            for shard in shards.tolist():
+                first.setdefault(shard, max(0, begin - position))
+        return [(wait, shard) for shard, wait in first.items()], min(ends)
 
     def epoch_of(self, positions: Integers) -> Integers:
         return (positions - self.position) // self.num_samples + self.epoch

@@ -6,12 +6,14 @@ from two hundred shards is a single call that copies each record once, straight 
 
 import ctypes
 import hashlib
+import os
 import threading
+import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,71 +23,44 @@ from torch import Tensor
 
 from ldm.config import DamagedError
 from ldm.latents.cache import Cache, RemoteFile
-from ldm.latents.choice import Chosen
-from ldm.latents.manifest import Manifest
+from ldm.latents.order import LIVE_SHARDS
+from ldm.latents.source import Source
 from ldm.latents.tables import from_parquet
-from ldm.latents.writer import columns_url, index_url, latents_url
 from ldm.storage import is_local
 
 Integers = npt.NDArray[np.int64]
 _ALIGNMENT = 64
 """Of a record in a file, in bytes: tar members begin at multiples of 512, and a .npy header is a multiple of 64."""
-_FETCHED_AT_ONCE = 8
+_OPENED_AT_ONCE = 8
 _MOST_RECORDS = 8_000_000
 _MOST_MAPS = 16_384
-"""What is held of open shards, at most: 37 bytes a record, and as many mappings as a quarter of Linux's limit."""
+"""What is held of open shards, at most, unless the windows of the lanes need more: 25 bytes a record, and as many
+mappings as a quarter of Linux's limit. Above it the less recently used half gives way."""
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
-@dataclass
-class Source:
-    """The shards of one data set that hold one shape, and which of their records are chosen.
-
-    numbers: of the shards in the manifest, (S,). chosen: over all shards of the manifest.
-    """
-
-    manifest: Manifest
-    numbers: Integers
-    chosen: Chosen
-
-    @cached_property
-    def counts(self) -> Integers:
-        """Chosen records of each shard (S,)."""
-        return self.chosen.counts[self.numbers]
-
-    def record(self, shard: int, index: int) -> int:
-        """The number in its tar of a chosen record."""
-        numbers = self._chosen_numbers(shard)
-        return index if numbers is None else int(numbers[index])
-
-    def lacks(self, shard: int, record: int) -> bool:
-        """Whether a record of the shard is not chosen."""
-        numbers = self._chosen_numbers(shard)
-        return numbers is not None and record not in numbers
-
-    def _chosen_numbers(self, shard: int) -> Integers | None:
-        number = int(self.numbers[shard])
-        return self.chosen.numbers(number, int(self.manifest.counts[number]))
-
-    def files(self, shard: int) -> list[RemoteFile]:
-        """The index, the columns and the tar of shard number `shard` of this source."""
-        url, row = self.manifest.url, self.manifest.shard(int(self.numbers[shard]))
-        return [
-            RemoteFile(index_url(url, row["name"]), row["index_sha256"], row["index_bytes"]),
-            RemoteFile(columns_url(url, row["columns"]), row["columns_sha256"], row["columns_bytes"]),
-            RemoteFile(latents_url(url, row["name"]), row["sha256"], row["bytes"]),
-        ]
+_FIELDS = {"ids": np.int64, "labels": np.int32, "offsets": np.int64, "crcs": np.uint32, "checked": np.bool_}
 
 
-_FIELDS = {"ids": np.int64, "labels": np.int64, "offsets": np.int64, "crcs": np.uint32, "checked": np.bool_}
+@dataclass(frozen=True)
+class _Shard:
+    """A shard as it is opened: its chosen records, its mapped tar, where that lies in the cache, its captions."""
+
+    arrays: dict[str, npt.NDArray[Any]]
+    mapped: Tensor
+    path: str
+    captions: Any
 
 
 @dataclass
 class _Open:
-    """What is held of the open shards. A gather keeps hold of the one that it began with, and so of its maps."""
+    """What is held of the open shards. A gather keeps hold of the one that it began with, and so of its maps: nothing
+    is taken from one, but it is replaced by another."""
 
     starts: list[Integers]
     """Of each source: the place of each shard's first chosen record in the arrays; -1 for one that is not open."""
-    maps: list[Tensor] = field(default_factory=list)
+    maps: dict[tuple[int, int], tuple[Tensor, str]] = field(default_factory=dict)
+    """By source and shard: the mapped tar, and where it lies in the cache; "" for a local one."""
     captions: dict[tuple[int, int], Any] = field(default_factory=dict)
     count: int = 0
     arrays: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
@@ -110,17 +85,30 @@ class _Open:
 class Records:
     """Reads records of one shape from several sources.
 
-    shape: of a record. null_label: what a record without a label gets. Safe to use from several threads.
+    shape: of a record. null_label: what a record without a label gets. shapes: of how many such readers this is one.
+    Safe to use from several threads.
     """
 
     def __init__(
-        self, sources: Sequence[Source], shape: tuple[int, ...], null_label: int, cache: Cache, captions: bool
+        self,
+        sources: Sequence[Source],
+        shape: tuple[int, ...],
+        null_label: int,
+        cache: Cache,
+        *,
+        captions: bool = False,
+        shapes: int = 1,
     ) -> None:
         self.sources, self.shape, self.null_label = sources, shape, null_label
         self._cache, self._with_captions = cache, captions
         self._size = int(np.prod(shape))
+        mean = sum(int(source.counts.sum()) for source in sources) // sum(len(source.numbers) for source in sources) + 1
+        self._most_records = max(_MOST_RECORDS // shapes, LIVE_SHARDS * mean * 3 // 2)
+        self._most_maps = _MOST_MAPS // shapes
         self._lock = threading.Lock()
-        self._open = self._nothing_open()
+        self._open = _Open([np.full(len(source.numbers), -1, np.int64) for source in sources])
+        self._used = [np.zeros(len(source.numbers), np.int64) for source in sources]
+        self._turn, self._looked = 0, 0.0
 
     def gather(self, source: Integers, shards: Integers, indices: Integers) -> "Gathered":
         """The records at `indices` among the chosen ones of `shards` of `source`, int64 (n,) each.
@@ -141,67 +129,100 @@ class Records:
         if self._with_captions:
             each = zip(source.tolist(), shards.tolist(), indices.tolist(), strict=True)
             captions = tuple(held.captions[number, shard][index].as_py() for number, shard, index in each)
-        labels, ids = (torch.from_numpy(held.arrays[name][places]) for name in ("labels", "ids"))
+        labels, ids = (torch.from_numpy(held.arrays[name][places].astype(np.int64)) for name in ("labels", "ids"))
         return Gathered(torch.from_numpy(out), labels, ids, captions)
 
     def _opened(self, source: Integers, shards: Integers) -> _Open:
         """Opens those that are not open yet."""
         with self._lock:
-            held = self._open
-            missing = self._missing(held, source, shards)
-            if missing and (held.count > _MOST_RECORDS or len(held.maps) + len(missing) > _MOST_MAPS):
-                held = self._nothing_open()
-                missing = self._missing(held, source, shards)
+            self._turn += 1
+            wanted = {int(number): np.unique(shards[source == number]) for number in np.unique(source)}
+            for number, its in wanted.items():
+                self._used[number][its] = self._turn
+            missing = [(n, int(shard)) for n, its in wanted.items() for shard in its[self._open.starts[n][its] < 0]]
             if missing:
-                self._fetch(missing)
-                for number, shard in missing:
-                    self._open_shard(held, number, shard)
-                self._set_window(held)
-            self._open = held
+                held = self._open = self._with_room(missing)
+                try:
+                    for (number, shard), opened in zip(missing, self._opened_at_once(missing), strict=True):
+                        self._add(held, number, shard, opened)
+                finally:  # where one fails, those before it are open
+                    self._set_window(held)
+            return self._open
+
+    def _with_room(self, missing: Sequence[tuple[int, int]]) -> _Open:
+        """What is open, without what has to give way: a tar that the cache let go takes room on the disk while it is
+        mapped; above the limits the less recently used half goes."""
+        held = self._open
+        more = sum(int(self.sources[number].counts[shard]) for number, shard in missing)
+        if held.count + more > self._most_records or len(held.maps) + len(missing) > self._most_maps:
+            return self._recent_half(held)
+        if time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
             return held
+        self._looked = time.monotonic()
+        gone = [key for key, (_, path) in held.maps.items() if path and not os.path.exists(path)]
+        if not gone:
+            return held
+        starts = [part.copy() for part in held.starts]
+        kept = replace(held, starts=starts, maps=dict(held.maps), arrays=dict(held.arrays))
+        for number, shard in gone:
+            del kept.maps[number, shard]
+            kept.starts[number][shard] = -1
+        return kept
 
-    def _fetch(self, shards: Sequence[tuple[int, int]]) -> None:
-        """Has the files of several shards fetched at once where they are remote."""
-        files = [file for number, shard in shards for file in self.sources[number].files(shard)]
-        if remote := [file for file in files if not is_local(file.url)]:
-            with ThreadPoolExecutor(_FETCHED_AT_ONCE) as pool:
-                list(pool.map(self._cache.get, remote))
+    def _recent_half(self, held: _Open) -> _Open:
+        kept = _Open([np.full_like(part, -1) for part in held.starts])
+        by_use = sorted(held.maps, key=lambda key: -int(self._used[key[0]][key[1]]))
+        for number, shard in by_use:
+            count = int(self.sources[number].counts[shard])
+            enough = kept.count + count > self._most_records // 2 or len(kept.maps) >= self._most_maps // 2
+            if enough and self._used[number][shard] < self._turn:
+                break
+            begin = held.starts[number][shard]
+            values = {name: held.arrays[name][begin : begin + count] for name in _FIELDS}
+            kept.starts[number][shard] = kept.append(values)
+            kept.maps[number, shard] = held.maps[number, shard]
+            if (number, shard) in held.captions:
+                kept.captions[number, shard] = held.captions[number, shard]
+        return kept
 
-    def _nothing_open(self) -> _Open:
-        return _Open([np.full(len(source.numbers), -1, np.int64) for source in self.sources])
+    def _opened_at_once(self, shards: Sequence[tuple[int, int]]) -> Iterator[_Shard]:
+        if len(shards) == 1:
+            yield self._open_shard(*shards[0])
+            return
+        with ThreadPoolExecutor(min(len(shards), _OPENED_AT_ONCE)) as pool:
+            yield from pool.map(self._open_shard, *zip(*shards, strict=True))
 
-    def _missing(self, held: _Open, source: Integers, shards: Integers) -> list[tuple[int, int]]:
-        found = []
-        for number in np.unique(source):
-            wanted = np.unique(shards[source == number])
-            found += [(int(number), int(shard)) for shard in wanted[held.starts[number][wanted] < 0]]
-        return found
-
-    def _open_shard(self, held: _Open, number: int, shard: int) -> None:
+    def _open_shard(self, number: int, shard: int) -> _Shard:
         source = self.sources[number]
         index_file, columns_file, tar_file = source.files(shard)
         names = ["id", "label", *(["caption"] if self._with_captions else [])]
         index = from_parquet(self._read(index_file), ["id", "offset", "crc32"])
         columns = from_parquet(self._read(columns_file), names)
-        mapped = self._map(tar_file)
+        mapped, path = self._map(tar_file)
         offsets = index["offset"].to_numpy()
         if len(index) != len(columns) or (offsets % _ALIGNMENT).any() or not self._fits(offsets, mapped):
             raise DamagedError(f"{index_file.url}: does not belong to its tar and columns; it is damaged")
         chosen = source.chosen.numbers(int(source.numbers[shard]), len(index))
         place = slice(None) if chosen is None else chosen
-        first = held.append(
-            {
-                "ids": columns["id"].to_numpy()[place],
-                "labels": columns["label"].fill_null(self.null_label).to_numpy()[place],
-                "offsets": ((mapped.data_ptr() + offsets) // _ALIGNMENT)[place],
-                "crcs": index["crc32"].to_numpy()[place],
-                "checked": np.zeros(len(offsets), bool)[place],
-            }
-        )
-        held.maps.append(mapped)
+        arrays = {
+            "ids": columns["id"].to_numpy()[place],
+            "labels": columns["label"].fill_null(self.null_label).to_numpy()[place],
+            "offsets": ((mapped.data_ptr() + offsets) // _ALIGNMENT)[place],
+            "crcs": index["crc32"].to_numpy()[place],
+            # What came through the cache was held against its hash when it came.
+            "checked": np.full(len(offsets), not is_local(tar_file.url))[place],
+        }
+        captions = None
         if self._with_captions:
             captions = columns["caption"].combine_chunks()
-            held.captions[number, shard] = captions if chosen is None else captions.take(chosen)
+            captions = captions if chosen is None else captions.take(chosen)
+        return _Shard(arrays, mapped, "" if is_local(tar_file.url) else str(path), captions)
+
+    def _add(self, held: _Open, number: int, shard: int, opened: _Shard) -> None:
+        first = held.append(opened.arrays)
+        held.maps[number, shard] = opened.mapped, opened.path
+        if opened.captions is not None:
+            held.captions[number, shard] = opened.captions
         held.starts[number][shard] = first
 
     def _read(self, file: RemoteFile) -> bytes:
@@ -219,15 +240,15 @@ class Records:
             raise DamagedError(f"{path}: does not have the hash that its manifest names; it is damaged")
         return data
 
-    def _map(self, file: RemoteFile) -> Tensor:
-        """A tar, mapped: uint8 (bytes,). torch closes the file again, so that mappings cost no descriptors."""
+    def _map(self, file: RemoteFile) -> tuple[Tensor, Path]:
+        """A tar, mapped: uint8 (bytes,); and its path. torch closes it again: mappings cost no descriptors."""
         for _ in range(2):
             try:
                 path = self._cache.get(file)
                 found = path.stat().st_size
                 if found != file.bytes:  # a map of a truncated file would end in SIGBUS
                     raise DamagedError(f"{path}: has {found} bytes, its manifest says {file.bytes}; it is damaged")
-                return torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8)
+                return torch.from_file(str(path), shared=False, size=found, dtype=torch.uint8), path
             except FileNotFoundError as error:
                 missing = error
         raise DamagedError(f"{file.url}: is missing") from missing
@@ -237,8 +258,10 @@ class Records:
 
     def _set_window(self, held: _Open) -> None:
         """One view from the lowest mapping to the highest. What lies between the mappings is never touched."""
-        begin = min(mapped.data_ptr() for mapped in held.maps)
-        length = max(mapped.data_ptr() + len(mapped) for mapped in held.maps) - begin
+        if not held.maps:
+            return
+        begin = min(mapped.data_ptr() for mapped, _ in held.maps.values())
+        length = max(mapped.data_ptr() + len(mapped) for mapped, _ in held.maps.values()) - begin
         everything = memoryview((ctypes.c_char * length).from_address(begin))
         count = (length - 2 * self._size) // _ALIGNMENT + 1
         held.window = np.ndarray((count,), f"V{2 * self._size}", everything, strides=(_ALIGNMENT,)), begin
@@ -246,7 +269,7 @@ class Records:
     def _check(
         self, held: _Open, places: Integers, out: npt.NDArray[np.float16], source: Integers, shards: Integers
     ) -> None:
-        """Holds each record against its crc32, once: a check at each read would halve the speed."""
+        """Holds each record of a local tar against its crc32, once: a check at each read would halve the speed."""
         fresh = np.flatnonzero(~held.arrays["checked"][places])
         for row in fresh:
             if zlib.crc32(memoryview(out[row])) != held.arrays["crcs"][places[row]]:
@@ -258,7 +281,7 @@ class Records:
     def _damaged(self, number: int, shard: int, index: int) -> DamagedError:
         source = self.sources[number]
         _, columns, tar = source.files(shard)
-        key = from_parquet(self._read(columns), ["key"])["key"][source.record(shard, index)]
+        key = from_parquet(self._read(columns), ["key"])["key"][int(source.records(shard, np.array([index]))[0])]
         return DamagedError(f"{tar.url}: the record of {key} does not have its crc32; it is damaged")
 
 

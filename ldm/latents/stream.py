@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ldm.latents.order import FullOrder, Integers, LaneOrder, derive, stream_key
-from ldm.latents.records import Source
+from ldm.latents.source import Source
 
 _WEIGHT_BITS = 20
 
@@ -121,20 +121,22 @@ class Stream:
         for number in np.unique(by_position):
             here = np.flatnonzero(by_position == number)
             found[here] = self._placed(self._segments[number], positions[here])
-        for row in np.flatnonzero(by_step > by_position):
-            old, new = self._segments[by_position[row]], self._segments[by_step[row]]
-            shard = int(found.shards[row])
-            if new.source.lacks(shard, old.source.record(shard, int(found.indices[row]))):
-                self._replace(found, int(row), new, positions[row : row + 1])
+        stale = np.flatnonzero(by_step > by_position)
+        for old, new, shard in np.unique(np.stack((by_position, by_step, found.shards), 1)[stale], axis=0).tolist():
+            here = stale[(by_position[stale] == old) & (by_step[stale] == new) & (found.shards[stale] == shard)]
+            before, after = self._segments[old].source, self._segments[new].source
+            gone = after.lacks(shard, before.records(shard, found.indices[here]))
+            for row in here[gone].tolist():
+                self._replace(found, row, self._segments[new], positions[row : row + 1])
         return found
 
-    def shards_ahead(self, position: int, lanes: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
-        """((source, shard) in the order in which the lanes read them from `position` on, the position up to which
-        this list stands)"""
+    def shards_ahead(self, position: int, lanes: Sequence[int]) -> tuple[list[tuple[int, int, int]], int]:
+        """((positions until it may be read, source, shard) of what the lanes read from `position` on, the position up
+        to which this list stands)"""
         segment = [segment for segment in self._segments if segment.position <= position][-1]
         assert isinstance(segment.order, LaneOrder)
         shards, until = segment.order.shards_ahead(position, lanes)
-        return [(self._first + segment.number, shard) for shard in shards], until
+        return [(wait, self._first + segment.number, shard) for wait, shard in shards], until
 
     def _placed(self, segment: _Segment, positions: Integers) -> Placed:
         source = np.full_like(positions, self._first + segment.number)
@@ -173,14 +175,14 @@ class Mixture:
         for part, stream in enumerate(self.streams):
             stream.take_over(number, step, self._of(part, position))
 
-    def shards_ahead(self, position: int, lanes: Sequence[int]) -> tuple[list[tuple[int, int]], int]:
+    def shards_ahead(self, position: int, lanes: Sequence[int]) -> tuple[list[tuple[int, int, int]], int]:
         """As `Stream.shards_ahead`, over all streams. position: of the mixture."""
-        found, until = list[tuple[int, int]](), position + 2**62
-        for part, stream in enumerate(self.streams):
-            here = position if len(self.streams) == 1 else position * self.weights[part] // sum(self.weights)
+        found, until, whole = list[tuple[int, int, int]](), position + 2**62, sum(self.weights)
+        for weight, stream in zip(self.weights, self.streams, strict=True):
+            here = position * weight // whole
             shards, end = stream.shards_ahead(here, lanes)
-            found += shards
-            until = min(until, position + (end - here) * sum(self.weights) // self.weights[part])
+            found += [(wait * whole // weight, source, shard) for wait, source, shard in shards]
+            until = min(until, position + (end - here) * whole // weight)
         return found, until
 
     def _of(self, part: int, position: int) -> int:

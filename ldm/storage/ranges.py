@@ -6,6 +6,7 @@ the settings for it and says what is wrong: another answer than the bytes, a pro
 """
 
 import http.client
+import socket
 import ssl
 import threading
 import urllib.request
@@ -48,8 +49,7 @@ def _has_proxy(parts: SplitResult) -> bool:
 def _read(parts: SplitResult, start: int, end: int) -> bytearray | None:
     """The range, in whole; None where anything else came."""
     known = _connections.__dict__.setdefault("of", {})
-    fresh = parts.netloc not in known
-    if fresh:
+    if parts.netloc not in known:
         known[parts.netloc] = _connect(parts)
     connection = known[parts.netloc]
     try:
@@ -59,9 +59,10 @@ def _read(parts: SplitResult, start: int, end: int) -> bytearray | None:
         data = bytearray(end - start)
         if answer.status == 206 and answer.length == len(data) and _fill(answer, data):
             return data
-    except (OSError, http.client.HTTPException) as error:
-        if fresh and isinstance(error, OSError):
-            _refused.add(parts.netloc)
+    except (ConnectionRefusedError, ssl.SSLError, socket.gaierror):  # it will not be otherwise the next time
+        _refused.add(parts.netloc)
+    except (OSError, http.client.HTTPException):
+        pass
     # What is left of another answer would be taken for the next one.
     connection.close()
     del known[parts.netloc]

@@ -68,7 +68,7 @@ def exclusions_asked(config: TrainConfig, record: RunRecord | None, step: int) -
     """
     lists = record.exclusions if record else {}
     known = {at: read_ids(storage.join(config.output, name)) for at, name in lists.items()}
-    before = known[max(known)] if known else frozenset[int]()
+    before = frozenset[int]().union(*known.values())
     asked = read_ids(config.exclude) if config.exclude is not None else before
     if missing := before - asked:
         raise RequestError(

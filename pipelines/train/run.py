@@ -114,6 +114,7 @@ def train(config: TrainConfig) -> TrainReport:
     )
     if (finished := _finished(config, todo)) is not None:
         say(f"train: step {finished.step:,} is reached already")
+        _keep_record(config, todo, finished.run_id)  # what is excluded now stays so when the run goes on
         return finished
     run_id = todo.record.run_id if todo.record else None
     with (

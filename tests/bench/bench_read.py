@@ -19,6 +19,7 @@ from typing import Any
 
 import boto3
 import numpy as np
+import s3fs
 import torch
 import webdataset
 from bench_cache import s3_server
@@ -288,6 +289,7 @@ def nodes(folder: Path) -> dict[str, Any]:
 
 def upload(folder: Path) -> dict[str, int]:
     """Copies the files to an empty bucket. Returns their sizes by key."""
+    s3fs.S3FileSystem.clear_instance_cache()  # which know the server of an earlier part
     client, sizes = boto3.client("s3"), {}
     client.create_bucket(Bucket="bucket")
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

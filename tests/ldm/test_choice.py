@@ -76,6 +76,7 @@ def test_conditions(scored, where, expected):
         ("aestetic > 5", "has no column 'aestetic'; did you mean 'aesthetic'\\?"),
         ("aesthetic > 100", "the train split holds no sample"),
         ("(" * 500 + "width", "cannot be read"),
+        ("width > 99999999999999999999999", "compare columns"),
     ],
 )
 def test_conditions_that_cannot_be(scored, where, problem):
@@ -90,7 +91,7 @@ def test_a_condition_names_its_columns():
 
 def test_what_was_chosen_is_counted_and_hashed(scored):
     manifest, ids = read_manifest(scored), frozenset([sample_id("a", "1"), sample_id("c", "0"), 12345])
-    found = choose(manifest, Choice("aesthetic > 5", ids, 0.5))
+    found = choose(manifest, [Choice("aesthetic > 5", ids, 0.5)])[0]
     assert found.left_out["where"] == 6 and found.left_out["exclude"] == 1
     assert found.counts.sum() + sum(found.left_out.values()) == 12
     data = LatentDataset(scored, global_batch_size=2, where="aesthetic > 5", exclude=ids, holdout=0.5)
@@ -219,7 +220,7 @@ def test_data_sets_that_do_not_go_together(two, kl, tmp_path):
     commit_generation(url, receipts, fingerprint, kl.latent_channels, kl.factor)
     with pytest.raises(RequestError, match=r"does not go with .*num_classes: 3 != 0.*pictures\.size: 4 != 8"):
         LatentDataset([two[0], url], global_batch_size=1)
-    for weights in ((1,), (1, 0), (1, -1), (1, 1, 1)):
+    for weights in ((1,), (1, 0), (1, -1), (1, 1, 1), (1, float("inf"))):
         with pytest.raises(RequestError, match="weights="):
             LatentDataset(two, global_batch_size=1, weights=weights)
 
@@ -275,3 +276,27 @@ def test_what_is_excluded_later_moves_nothing_else(shaped, two):
         assert moved == 1
     with pytest.raises(RequestError, match=r"exclude: leaves no record of the shape \(8, 4, 1\)"):
         LatentDataset(shaped, global_batch_size=1, exclude={7: [sample_id("a", str(n)) for n in range(25, 29)]})
+
+
+def test_what_cannot_be_asked(scored, two):
+    for options, problem in (
+        ({"exclude": [2**63]}, "exclude: holds 9223372036854775808, which is no id"),
+        ({"global_batch_size": 0}, "global_batch_size=0: give at least 1"),
+        ({"weights": [1, 2]}, r"weights=\[1, 2\]: give one above 0 for each of the 1 data sets"),
+        ({"generation": ["a", "b"]}, "the run began with 2 data sets; give these, in order"),
+    ):
+        with pytest.raises(RequestError, match=problem):
+            LatentDataset(scored, **{"global_batch_size": 4, **options})
+    data = LatentDataset(scored, global_batch_size=4)
+    for rank, world in ((0, 3), (2, 2), (-1, 2), (0, 0)):
+        with pytest.raises(RequestError, match="give the ranks of a world that divides the batch of 4"):
+            data.batch(0, rank, world)
+
+
+def test_columns_are_read_once_for_all_lists(scored, monkeypatch):
+    from ldm.latents import choice
+
+    reads, real = [], choice._read_columns
+    monkeypatch.setattr(choice, "_read_columns", lambda *arguments: reads.append(1) or real(*arguments))
+    LatentDataset(scored, global_batch_size=1, exclude={step: [step] for step in range(20)})
+    assert len(reads) == 3

@@ -1,5 +1,6 @@
 """The latent dataset: what is written is what is read, by us and by others."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,9 @@ import torch
 import webdataset
 
 from ldm import storage
-from ldm.config import RequestError
+from ldm.config import DamagedError, RequestError
 from ldm.latents import records as records_module
+from ldm.latents.cache import Cache
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import Conditioning, commit_generation, fingerprint_hash, read_manifest, read_receipts
 from ldm.latents.receipt import Accounting, Moments, Statistics, statistics
@@ -196,19 +198,59 @@ def test_a_process_may_end_right_after_reading(written):
     assert [process.wait() for process in running] == [0] * 3
 
 
-def test_fewer_maps_than_shards(written, monkeypatch):
+def test_what_is_open_is_bounded(written):
     url, _ = written
-    expected = [LatentDataset(url, global_batch_size=9).batch(step).moments for step in range(6)]
-    monkeypatch.setattr(records_module, "_MOST_MAPS", 2)
-    opened = []
-    monkeypatch.setattr(
-        records_module.Records,
-        "_map",
-        lambda self, file, real=records_module.Records._map: opened.append(1) or real(self, file),
-    )
-    data = LatentDataset(url, global_batch_size=9)
-    assert all(torch.equal(data.batch(step).moments, expected[step]) for step in range(6))
-    assert len(opened) > len(COUNTS)
+    expected = LatentDataset(url, global_batch_size=1, captions=True)
+    for limit, value in (("_MOST_MAPS", 2), ("_MOST_RECORDS", 15)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(records_module, limit, value)
+            patch.setattr(records_module, "LIVE_SHARDS", 0)
+            data = LatentDataset(url, global_batch_size=1, captions=True)
+            for step in range(3 * TOTAL):
+                batch = data.batch(step)
+                assert torch.equal(batch.moments, expected.batch(step).moments)
+                assert batch.captions == expected.batch(step).captions
+            held = data._records[0]._open
+            assert len(held.maps) <= 2 or held.count <= 15
+            assert sum(int((part >= 0).sum()) for part in held.starts) == len(held.maps) < len(COUNTS)
+
+
+def test_a_shard_that_fails_to_open_harms_no_other(written, tmp_path):
+    """It is refused each time, until it is mended; the others are read as ever."""
+    url = str(tmp_path / "copy")
+    shutil.copytree(written[0], url)
+    whole = LatentDataset(written[0], global_batch_size=3)
+    data = LatentDataset(url, global_batch_size=3)
+    tar = Path(url, "latents", "shard-1.tar")
+    kept = tar.read_bytes()
+    tar.write_bytes(kept[:-512])
+    refused = 0
+    for step in [*range(40), *range(40)]:
+        try:
+            assert torch.equal(data.batch(step).moments, whole.batch(step).moments)
+        except DamagedError as error:
+            assert "shard-1.tar: has " in str(error)
+            refused += 1
+    assert 0 < refused < 80
+    tar.write_bytes(kept)
+    assert all(torch.equal(data.batch(step).moments, whole.batch(step).moments) for step in range(40))
+
+
+def test_what_the_cache_let_go_is_unmapped(written, s3, tmp_path, monkeypatch):
+    """Lest it takes room on the disk for as long as it is mapped."""
+    url, cache = written[0], tmp_path / "cache"
+    for path in Path(url).rglob("*"):
+        if path.is_file():
+            storage.write_bytes(f"{s3}/let-go/{path.relative_to(url)}", path.read_bytes())
+    monkeypatch.setattr(records_module, "_SECONDS_BETWEEN_LOOKS", 0.0)
+    data = LatentDataset(f"{s3}/let-go", global_batch_size=1, cache=Cache(folder=cache))
+    expected = LatentDataset(url, global_batch_size=1)
+    for step in range(2 * TOTAL):
+        for path in cache.glob("??/*.tar"):
+            path.unlink()  # as another process does that needs the room
+        assert torch.equal(data.batch(step).moments, expected.batch(step).moments)
+    deleted = [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{cache}" in line]
+    assert len(deleted) <= 2 < len(COUNTS), deleted
 
 
 def test_samples_without_labels(kl, tmp_path):

@@ -102,7 +102,25 @@ def test_what_is_read_ahead_is_what_is_read(counts, lanes, live):
                 assert until > position and len(set(ahead)) == len(ahead)
                 positions = np.arange(position, until)
                 positions = positions[np.isin(positions % lanes, own)]
-                assert set(order.locate(positions)[0].tolist()) <= set(ahead)
+                assert set(order.locate(positions)[0].tolist()) <= {shard for _, shard in ahead}
+                assert [wait for wait, _ in ahead] == sorted(wait for wait, _ in ahead)
+
+
+@settings(max_examples=60, deadline=None)
+@given(counts=counts_of_shards, lanes=st.sampled_from([1, 4, 64]), data=st.data())
+def test_positions_in_any_order(counts, lanes, data):
+    """As a mixture asks for them: out of order, and across the ends of epochs."""
+    total = sum(counts)
+    positions = np.array(data.draw(st.lists(st.integers(0, 3 * total), min_size=1, max_size=20)))
+    for order in (LaneOrder(np.array(counts), 0, lanes), FullOrder(np.array(counts), 0)):
+        whole = np.stack(order.locate(np.arange(3 * total + 1)))
+        assert np.array_equal(np.stack(order.locate(positions)), whole[:, positions])
+
+
+def test_a_position_outside_is_refused():
+    for wrong in (-1, 5):
+        with pytest.raises(AssertionError, match="outside"):
+            permute(np.array([0, wrong]), 5, KEY)
 
 
 def test_a_lane_keeps_its_shards_in_every_epoch():

@@ -274,6 +274,11 @@ def test_what_is_excluded_while_a_run_rests_stays_excluded(
         plan(config(latents, output, max_steps=12, exclude=str(listed)))
     data = plan(config(latents, output, max_steps=12)).dataset
     assert data.chosen == record["chosen"]
+    # Said to a run that has nothing left to do, it holds as well.
+    listed.write_text("".join(f"{identity}\n" for identity in [*gone, before.batch(3).ids[0].item()]))
+    train(config(latents, output, max_steps=10, exclude=str(listed)))
+    assert set(storage.read_json(str(output / "run.json"))["exclusions"]) == {"8", "10"}
+    assert plan(config(latents, output, max_steps=12)).dataset.num_samples == 41
     for step in range(8):
         assert torch.equal(data.batch(step).ids, before.batch(step).ids)
     assert not set(gone) & {identity for step in range(8, 60) for identity in data.batch(step).ids.tolist()}
