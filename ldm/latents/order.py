@@ -19,7 +19,7 @@ import numpy.typing as npt
 from ldm.random import key
 
 LANES = 64
-"""Largest number of lanes; as many nodes read without reading anything twice."""
+"""Largest number of lanes, and of nodes that read nothing twice but the few shards that a cut between lanes divides."""
 LIVE_SHARDS = 2048
 """Shards that the windows of all lanes shuffle over at a time: the more, the nearer to a full permutation, and the more
 must lie in the nodes' caches."""
@@ -119,7 +119,7 @@ class LaneOrder:
         """The shards as they follow one another in the lanes."""
         self._ends = np.cumsum(counts[self._dealt])
         share = min(1.0, LIVE_SHARDS / len(shards))
-        self._window = math.ceil(self.num_samples / lanes * share) + (share == 1.0)
+        self._window = math.ceil(self.num_samples / lanes * share)
         """Samples of a lane that are shuffled at a time: all of them where there are few shards."""
         self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
 

@@ -9,9 +9,8 @@ import numpy.typing as npt
 from ldm.latents.cache import RemoteFile
 from ldm.latents.choice import Chosen
 from ldm.latents.manifest import Manifest
+from ldm.latents.order import Integers
 from ldm.latents.writer import columns_url, index_url, latents_url
-
-Integers = npt.NDArray[np.int64]
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Placed:
 def apportion(numbers: Integers, weights: Sequence[int], phases: Integers) -> tuple[Integers, Integers]:
     """Deals numbers 0, 1, 2 … out to parts in the proportion of integer weights, each part's evenly spaced.
 
-    phases: (n,) in [0, 1) as fractions of the sum of weights, which shift where a part's turns fall.
+    phases: int64 (n,) in [0, sum of weights), which shift where a part's turns fall.
     Returns (the part of each, how many of that part came before it), int64 (n,). Any number costs the same.
     """
     part, left = np.full_like(numbers, len(weights) - 1), sum(weights)

@@ -39,7 +39,7 @@ def read_record(config: TrainConfig, checkpoint: str | None) -> RunRecord | None
     if checkpoint is None or not storage.exists(url):
         return None
     values: dict[str, Any] = storage.read_json(url)
-    if values.pop("format") != FORMAT or values.pop("version") != VERSION:
+    if values.pop("format", None) != FORMAT or values.pop("version", None) != VERSION:
         raise RequestError(
             f"output={config.output}: holds a run of another version, which had another order of samples and cannot go "
             "on exactly; give another output, and init_from=SNAPSHOT to begin with its weights"
