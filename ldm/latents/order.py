@@ -20,6 +20,8 @@ from ldm.random import key
 
 LANES = 64
 """Largest number of lanes, and of nodes that read nothing twice but the few shards that a cut between lanes divides."""
+LANE_SAMPLES = 256
+"""A lane holds at least so many samples: fewer could hardly be shuffled in it. A small data set has fewer lanes."""
 LIVE_SHARDS = 2048
 """Shards that the windows of all lanes shuffle over at a time: the more, the nearer to a full permutation, and the more
 must lie in the nodes' caches."""
@@ -107,12 +109,16 @@ class FullOrder:
 class LaneOrder:
     """The order by lanes.
 
-    counts: samples of each shard (S,). lanes: a divisor of the global batch. position, epoch: where the order begins.
+    counts: samples of each shard (S,). lanes: at most, a power of 2 that divides the global batch; lane i of them is a part
+    of lane i mod `self.lanes`. position, epoch: where the order begins.
     """
 
     def __init__(self, counts: Integers, seed: int, lanes: int, position: int = 0, epoch: int = 0) -> None:
-        self.counts, self.lanes, self.position, self.epoch = counts, lanes, position, epoch
+        self.counts, self.position, self.epoch = counts, position, epoch
         self.num_samples = int(counts.sum())
+        while lanes > 1 and self.num_samples < lanes * LANE_SAMPLES:
+            lanes //= 2
+        self.lanes = lanes
         self._order, self._windows = stream_key(seed, "lane-shards"), stream_key(seed, "lane-windows")
         shards = np.flatnonzero(counts)
         self._dealt = np.concatenate([shards[lane::lanes] for lane in range(lanes)])
@@ -137,7 +143,7 @@ class LaneOrder:
         ones, in the order in which these begin; the position at which the first of the windows ends)"""
         found: list[tuple[int, Integers]] = []
         ends = []
-        for lane in lanes:
+        for lane in sorted({lane % self.lanes for lane in lanes}):
             begin = position + (lane - position) % self.lanes
             for _ in range(2):
                 shards, end = self._epoch(int(self.epoch_of(np.array(begin)))).window_at(begin)

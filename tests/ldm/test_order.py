@@ -69,14 +69,16 @@ counts_of_shards = st.lists(st.integers(0, 40), min_size=1, max_size=60).filter(
     counts=counts_of_shards,
     lanes=st.sampled_from([1, 2, 4, 16, 64]),
     live=st.sampled_from([1, 4, 64, 2048]),
+    least=st.sampled_from([1, 16, 256]),
     seed=st.integers(0, 10),
     start=st.tuples(st.integers(0, 500), st.integers(0, 5)),
 )
-def test_every_epoch_is_a_permutation(counts, lanes, live, seed, start):
+def test_every_epoch_is_a_permutation(counts, lanes, live, least, seed, start):
     """Also where shards, lanes and windows do not divide one another, and wherever the order begins."""
     counts, (position, first) = np.array(counts), start
     everything = sorted((shard, index) for shard, count in enumerate(counts) for index in range(count))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order_module, "LANE_SAMPLES", least)
         patch.setattr(order_module, "LIVE_SHARDS", live)
         for order in (LaneOrder(counts, seed, lanes, position, first), FullOrder(counts, seed, position, first)):
             seen = []
@@ -85,7 +87,7 @@ def test_every_epoch_is_a_permutation(counts, lanes, live, seed, start):
                 shards, indices, epochs = order.locate(np.arange(begin, begin + len(everything)))
                 seen.append(list(zip(shards.tolist(), indices.tolist(), strict=True)))
                 assert sorted(seen[-1]) == everything and set(epochs.tolist()) == {first + epoch}
-            if len(everything) > 20 and live == 2048:
+            if len(everything) > 20 and live == 2048 and least == 256:
                 assert seen[0] != seen[1] != seen[2]
 
 
@@ -94,6 +96,7 @@ def test_every_epoch_is_a_permutation(counts, lanes, live, seed, start):
 def test_what_is_read_ahead_is_what_is_read(counts, lanes, live):
     counts, total = np.array(counts), int(np.sum(counts))
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order_module, "LANE_SAMPLES", 1)
         patch.setattr(order_module, "LIVE_SHARDS", live)
         order = LaneOrder(counts, 0, lanes)
         for position in (0, 3, total - 1, 5 * total + 7):
@@ -111,10 +114,22 @@ def test_what_is_read_ahead_is_what_is_read(counts, lanes, live):
 def test_positions_in_any_order(counts, lanes, data):
     """As a mixture asks for them: out of order, and across the ends of epochs."""
     total = sum(counts)
+    lane_samples = data.draw(st.sampled_from([1, 256]))
     positions = np.array(data.draw(st.lists(st.integers(0, 3 * total), min_size=1, max_size=20)))
-    for order in (LaneOrder(np.array(counts), 0, lanes), FullOrder(np.array(counts), 0)):
-        whole = np.stack(order.locate(np.arange(3 * total + 1)))
-        assert np.array_equal(np.stack(order.locate(positions)), whole[:, positions])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(order_module, "LANE_SAMPLES", lane_samples)
+        for order in (LaneOrder(np.array(counts), 0, lanes), FullOrder(np.array(counts), 0)):
+            whole = np.stack(order.locate(np.arange(3 * total + 1)))
+            assert np.array_equal(np.stack(order.locate(positions)), whole[:, positions])
+
+
+def test_a_small_data_set_is_shuffled_as_a_large_one_is():
+    """Fewer samples than lanes: the same ones would stand beside one another in every epoch."""
+    order, beside = LaneOrder(np.array([21]), 0, 64), set()
+    for epoch in range(200):
+        indices = order.locate(np.arange(21) + epoch * 21)[1].tolist()
+        beside |= set(zip(indices, indices[1:], strict=False))
+    assert len(beside) > 0.99 * 21 * 20
 
 
 def test_a_position_outside_is_refused():
