@@ -14,9 +14,22 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class EmaConfig(Config):
-    """The moving average of the weights, which is what samples are drawn from."""
+    """Moving averages of the weights: `main`, which samples are drawn from, and a `short` one to compare it with."""
 
-    decay: float = Field(0.9999, gt=0, lt=1, description="share of the average kept at each step, once warmed up")
+    decay: float = Field(0.9999, gt=0, lt=1, description="share of `main` kept at each step, once warmed up")
+    short_decay: float | None = Field(
+        0.999, gt=0, lt=1, description="share of `short` kept at each step; null: there is only `main`"
+    )
+
+
+class ValidationConfig(Config):
+    """The loss of the average on held-out samples at eight fixed timesteps, and pictures that it draws."""
+
+    every: int | None = Field(None, gt=0, description="optimizer steps between validations; null: at each checkpoint")
+    images: int = Field(256, ge=0, description="held-out samples, at most; 0: no validation loss")
+    grid: int = Field(16, ge=0, description="pictures drawn at each validation; 0: none")
+    num_inference_steps: int = Field(25, gt=0, description="DDIM steps of these pictures")
+    guidance_scale: float = Field(1.0, ge=0, description="of these pictures; 1 is no guidance")
 
 
 class TrainConfig(Config):
@@ -40,10 +53,15 @@ class TrainConfig(Config):
     max_steps: int = Field(400_000, gt=0, description="optimizer steps in all")
     global_batch_size: int = Field(256, gt=0, description="samples in one optimizer step over all workers")
     micro_batch_size: int | Literal["auto"] = Field(
-        "auto", description="samples in one forward pass of a worker; auto: a worker's whole share"
+        "auto", description="samples in one forward pass of a worker; auto: as many as fit, of a worker's share"
     )
     learning_rate: float = Field(1e-4, gt=0, description="of AdamW, after the warm-up")
     warmup_images: int = Field(0, ge=0, description="images over which the learning rate rises from 0")
+    learning_rate_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
+    learning_rate_images: int | None = Field(
+        None, gt=0, description="images seen at which a cosine schedule ends; needed with it, whatever max_steps is"
+    )
+    learning_rate_end: float = Field(0.0, ge=0, description="of AdamW, at the end of a cosine schedule and after it")
     weight_decay: float = Field(0.0, ge=0, description="of AdamW")
     adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
     gradient_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
@@ -52,16 +70,33 @@ class TrainConfig(Config):
     num_workers: int = Field(1, gt=0, description="Ray Train workers: one GPU each, or a share of the CPU cores")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 master weights")
+    activation_checkpointing: bool = Field(
+        False, description="computes each block again in the backward pass: less memory, a third more work"
+    )
+    compile: bool = Field(False, description="compiles the denoiser with torch.compile; needs g++; not with ZeRO-3")
+    deterministic: bool = Field(
+        False, description="the same bits again on the same GPUs; slower, and needless on a CPU"
+    )
+    deepspeed: dict[str, Any] = Field({}, description="DeepSpeed settings merged into ours, for experts")
     checkpoint_every: int = Field(5_000, gt=0, description="optimizer steps between checkpoints")
     keep_last: int = Field(3, gt=0, description="checkpoints kept; snapshots are all kept")
+    keep_every: int | None = Field(
+        None, gt=0, description="optimizer steps; checkpoints at its multiples are kept for good"
+    )
     log_every: int = Field(50, gt=0, description="optimizer steps between points in MLflow")
+    skip_limit: int = Field(10, gt=0, description="steps skipped in a row for a gradient that is not finite: the end")
     max_failures: int = Field(3, ge=0, description="times that Ray restarts the workers from the newest checkpoint")
     resume: Literal["auto", "required", "never"] = Field(
         "auto", description="go on from the newest checkpoint in output: when there is one, always, or refuse"
     )
+    resume_from: int | None = Field(
+        None, gt=0, description="optimizer step of the checkpoint to go on from; the newest unless given"
+    )
     init_from: Location | None = Field(None, description="snapshot whose weights a fresh run begins with")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the workers run")
+    price_per_hour: float | None = Field(None, gt=0, description="of one worker, in any currency; for --dry-run")
     ema: EmaConfig = EmaConfig()
+    validation: ValidationConfig = ValidationConfig()
     denoiser: DenoiserConfig = DenoiserConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     tracking: TrackingConfig = TrackingConfig()
@@ -79,23 +114,11 @@ class TrainConfig(Config):
 
 
 OPERATIONAL = frozenset(
-    [
-        "latents",
-        "exclude",
-        "cache_gb",
-        "output",
-        "max_steps",
-        "micro_batch_size",
-        "num_workers",
-        "zero_stage",
-        "checkpoint_every",
-        "keep_last",
-        "log_every",
-        "max_failures",
-        "resume",
-        "device",
-        "tracking",
-    ]
+    """
+    latents exclude cache_gb output max_steps micro_batch_size num_workers zero_stage activation_checkpointing compile
+    deterministic deepspeed checkpoint_every keep_last keep_every log_every skip_limit max_failures resume resume_from
+    device price_per_hour validation tracking
+    """.split()
 )
 """Keys that may change when a run goes on: they do not change what is learned. (`latents` may move: its generation,
 which names its content, may not change. `exclude` may grow, and the run keeps what was left out from which step on.)"""
