@@ -214,7 +214,7 @@ class LatentDataset:
         with self._lock:
             known = self._located.get(key)
         if known is None:
-            known = self._locate(np.arange(key[0] * chunk, (key[0] + 1) * chunk), self._slots(rank, world))
+            known = self._locate(np.arange(key[0] * chunk, (key[0] + 1) * chunk), self.slots(rank, world))
             with self._lock:
                 self._located[key] = known
                 while len(self._located) > _CHUNKS_KEPT:
@@ -232,7 +232,7 @@ class LatentDataset:
                 found[int(place)] = int(shape), rows[number * len(slots) : (number + 1) * len(slots)]
         return [found[number] for number in range(len(steps))]
 
-    def _slots(self, rank: int, world: int) -> Integers:
+    def slots(self, rank: int, world: int) -> Integers:
         """The rank's places in a global batch: those of whole lanes, where the lanes can be shared out so."""
         slots = np.arange(self.global_batch_size)
         by_lane = slots[np.argsort(slots % self.lanes, kind="stable")]
@@ -241,7 +241,7 @@ class LatentDataset:
 
     def _fetch(self, step: int, rank: int, world: int) -> int:
         """Has what the rank's lanes will read fetched, in the order of use. Returns the step at which to ask again."""
-        lanes = np.unique(self._slots(rank, world) % self.lanes).tolist()
+        lanes = np.unique(self.slots(rank, world) % self.lanes).tolist()
         ahead, ends, whole = list[tuple[float, int, int, int]](), list[float](), sum(self._shape_weights)
         for shape, mixture in enumerate(self._mixtures):
             share = self._shape_weights[shape] / whole * self.global_batch_size  # positions of it in a step, on average

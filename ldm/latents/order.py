@@ -109,8 +109,8 @@ class FullOrder:
 class LaneOrder:
     """The order by lanes.
 
-    counts: samples of each shard (S,). lanes: at most, a power of 2 that divides the global batch; lane i of them is a part
-    of lane i mod `self.lanes`. position, epoch: where the order begins.
+    counts: samples of each shard (S,). lanes: at most, a power of 2 that divides the global batch; lane i of them is a
+    part of lane i mod `self.lanes`. position, epoch: where the order begins.
     """
 
     def __init__(self, counts: Integers, seed: int, lanes: int, position: int = 0, epoch: int = 0) -> None:

@@ -21,6 +21,10 @@ class EmaConfig(Config):
         0.999, gt=0, lt=1, description="share of `short` kept at each step; null: there is only `main`"
     )
 
+    @property
+    def num_profiles(self) -> int:
+        return 1 if self.short_decay is None else 2
+
 
 class ValidationConfig(Config):
     """The loss of the average on held-out samples at eight fixed timesteps, and pictures that it draws."""
@@ -114,11 +118,32 @@ class TrainConfig(Config):
 
 
 OPERATIONAL = frozenset(
-    """
-    latents exclude cache_gb output max_steps micro_batch_size num_workers zero_stage activation_checkpointing compile
-    deterministic deepspeed checkpoint_every keep_last keep_every log_every skip_limit max_failures resume resume_from
-    device price_per_hour validation tracking
-    """.split()
+    [
+        "latents",
+        "exclude",
+        "cache_gb",
+        "output",
+        "max_steps",
+        "micro_batch_size",
+        "num_workers",
+        "zero_stage",
+        "activation_checkpointing",
+        "compile",
+        "deterministic",
+        "deepspeed",
+        "checkpoint_every",
+        "keep_last",
+        "keep_every",
+        "log_every",
+        "skip_limit",
+        "max_failures",
+        "resume",
+        "resume_from",
+        "device",
+        "price_per_hour",
+        "validation",
+        "tracking",
+    ]
 )
 """Keys that may change when a run goes on: they do not change what is learned. (`latents` may move: its generation,
 which names its content, may not change. `exclude` may grow, and the run keeps what was left out from which step on.)"""

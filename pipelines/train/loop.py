@@ -7,20 +7,19 @@ are functions of (seed, epoch, sample id).
 import contextlib
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldm import random, storage
+from ldm import storage
 from ldm.config import validate
 from ldm.denoiser import build_denoiser
-from ldm.diffusion import Diffusion
-from ldm.latents.batch import LatentBatch, draw_latents
+from ldm.latents.batch import LatentBatch
 from ldm.latents.cache import Cache
+from ldm.latents.choice import Split
 from ldm.latents.dataset import LatentDataset
 from ldm.snapshot import read_snapshot, write_snapshot
 from ldm.transfer import initial_weights
@@ -30,8 +29,18 @@ from pipelines.train import zero
 from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, prune, read_full, save_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema import Ema, EmaProfile
+from pipelines.train.guard import Guard, Samples, Usual, poisoned
+from pipelines.train.meter import Meter
+from pipelines.train.objective import Objective
+from pipelines.train.schedule import learning_rate
+from pipelines.train.validation import Validation
 
-EMA_PROFILE = "main"
+SNAPSHOT_PROFILE = "main"
+
+
+def ema_profiles(config: TrainConfig) -> list[EmaProfile]:
+    short = config.ema.short_decay
+    return [EmaProfile("main", config.ema.decay)] + ([EmaProfile("short", short)] if short is not None else [])
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -59,9 +68,15 @@ def train_worker(job: dict[str, Any]) -> None:
 
 
 def open_latents(
-    config: TrainConfig, generations: Sequence[str] | None, exclusions: Mapping[int, str | Collection[int]]
+    config: TrainConfig,
+    generations: Sequence[str] | None,
+    exclusions: Mapping[int, str | Collection[int]],
+    split: Split = "train",
 ) -> LatentDataset:
-    """The samples that a run trains on. exclusions: ids, or URLs of lists, by the step from which they are left out."""
+    """The samples that a run trains on, or is validated on.
+
+    exclusions: ids, or URLs of lists, by the number of batches read before they are left out.
+    """
     return LatentDataset(
         config.latents_urls,
         global_batch_size=config.global_batch_size,
@@ -70,25 +85,18 @@ def open_latents(
         where=config.where,
         exclude=exclusions,
         holdout=config.holdout,
+        split=split,
         shuffle=config.shuffle,
         generation=generations,
         cache=Cache(None if config.cache_gb is None else int(config.cache_gb * 1e9)),
     )
 
 
-@dataclass
-class _Window:
-    """What is averaged between two points of the log. loss: the rank's sum over the steps that were applied."""
-
-    loss: Tensor
-    applied: int = 0
-    skipped: int = 0
-    waited: float = 0.0
-    started: float = 0.0
-
-
 class Worker:
-    """One rank of a training run."""
+    """One rank of a training run.
+
+    step counts the optimizer steps that were applied; batches_read counts the batches of skipped ones too.
+    """
 
     def __init__(
         self, config: TrainConfig, generations: list[str], exclusions: dict[int, str], tracker: Tracker, board: Any
@@ -100,15 +108,18 @@ class Worker:
         self.dataset = open_latents(config, generations, exclusions)
         self.engine = self._build_engine()
         self.device = self.engine.device
-        self.diffusion = Diffusion(config.diffusion, self.device)
-        self.ema = Ema(self.engine.state, [EmaProfile(EMA_PROFILE, config.ema.decay)])
+        self.objective = Objective(config, self.dataset, self.device)
+        self.ema = Ema(self.engine.state, ema_profiles(config))
+        self.guard = Guard(config.output, config.skip_limit, Usual())
+        self.meter = self._build_meter()
+        self.validation = self._build_validation(generations, exclusions)
         # One rank decides for all: they might not see the same newest one.
         self.checkpoint: str | None = zero.all_gather(newest_checkpoint(config.output))[0]
-        progress = {}
+        self.step, self.batches_read = 0, 0
+        self.loss: float | None = None
         if self.checkpoint:
-            progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather)
-        self.first_step = self.step = int(progress.get("step", 0))
-        self.loss: float | None = progress.get("loss")
+            self._load(self.checkpoint)
+        self.first_step = self.step
         self.snapshot = ""
 
     @property
@@ -116,26 +127,18 @@ class Worker:
         return self.step * self.config.global_batch_size
 
     def run(self) -> dict[str, Any]:
-        """Trains from `first_step` to `max_steps`; returns the report's values."""
+        """Trains from `first_step` to `max_steps`; returns the report's values. Raises FatalError on all ranks."""
         if self.checkpoint:
             self._write_snapshot()  # which a kill after the checkpoint may have prevented
         started = time.monotonic()
-        self._window = self._new_window()
+        self.meter.restart()
         self._show()
         on_gpu = self.device.type == "cuda"
-        batches = self.dataset.batches(self.step, rank=self.rank, world=self.world, workers=1, pin=on_gpu)
+        batches = self.dataset.batches(self.batches_read, rank=self.rank, world=self.world, workers=1, pin=on_gpu)
         with contextlib.closing(batches):
             while self.step < self.config.max_steps:
-                asked = time.monotonic()
-                batch = next(batches)
-                self._window.waited += time.monotonic() - asked
-                self._train_step(batch)
-                self.step += 1
-                last = self.step == self.config.max_steps
-                if self.step % self.config.log_every == 0 or last:
-                    self._log()
-                if self.step % self.config.checkpoint_every == 0 or last:
-                    self._save()
+                if self._train_step(self._next(batches)):
+                    self._after_step()
                 self._show()
         images = (self.step - self.first_step) * self.config.global_batch_size
         return {
@@ -147,6 +150,52 @@ class Worker:
             "loss": self.loss,
             "images_per_second": round(images / (time.monotonic() - started), 2),
         }
+
+    def _next(self, batches: Iterator[LatentBatch]) -> LatentBatch:
+        asked = time.monotonic()
+        batch = next(batches)
+        self.meter.clock.waited += time.monotonic() - asked
+        return batch
+
+    def _train_step(self, batch: LatentBatch) -> bool:
+        """One optimizer step: the rank's share in micro-batches. Returns whether it was applied, on all ranks alike."""
+        rate = learning_rate(self.config, self.images_seen + self.config.global_batch_size)
+        outcome, samples = None, list[Samples]()
+        for first in range(0, self.share, self.micro_batch):
+            part = batch[first : first + self.micro_batch]
+            losses = self.objective.training_losses(self.engine, part)
+            self.engine.backward(poisoned(losses.mean()))
+            outcome = self.engine.step(rate)
+            samples.append((part.ids, losses.detach()))
+        assert outcome is not None
+        loss = self._mean([losses for _, losses in samples])
+        self.batches_read += 1
+        self.meter.add(outcome.applied, loss, outcome.grad_norm)
+        where = {"batch": self.batches_read - 1, "step": self.step, "gradient_norm": outcome.grad_norm}
+        if not outcome.applied:
+            self.guard.skipped(samples, where, self.checkpoint)
+            return False
+        self.ema.update()
+        self.step += 1
+        self.guard.applied(loss, samples, where)
+        return True
+
+    def _mean(self, losses: Sequence[Tensor]) -> float:
+        """Of all ranks' samples."""
+        mean = torch.cat(list(losses)).double().mean()
+        dist.all_reduce(mean)
+        return float(mean) / self.world
+
+    def _after_step(self) -> None:
+        """What is due at this step: a point of the log, a validation, a checkpoint."""
+        config, last = self.config, self.step == self.config.max_steps
+        saves = self.step % config.checkpoint_every == 0 or last
+        if self.step % config.log_every == 0 or last:
+            self._log()
+        if saves if config.validation.every is None else self.step % config.validation.every == 0 or last:
+            self._validate()
+        if saves:
+            self._save()
 
     def _build_engine(self) -> zero.Engine:
         config, dataset = self.config, self.dataset
@@ -170,71 +219,50 @@ class Worker:
         )
         return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
 
-    def _train_step(self, batch: LatentBatch) -> None:
-        """One optimizer step: the rank's share in micro-batches."""
-        learning_rate = self._learning_rate()
-        outcome, loss_sum = None, torch.zeros((), device=self.device)
-        for first in range(0, self.share, self.micro_batch):
-            loss = self._loss(batch[first : first + self.micro_batch])
-            self.engine.backward(loss)
-            outcome = self.engine.step(learning_rate)
-            loss_sum += loss.detach() * (self.micro_batch / self.share)
-        assert outcome is not None
-        if not outcome.applied:  # a gradient was not finite: every rank skips alike, and the loss means nothing
-            self._window.skipped += 1
-            return
-        self.ema.update()
-        self._window.applied += 1
-        self._window.loss += loss_sum
+    def _build_meter(self) -> Meter:
+        return Meter(self.config.global_batch_size, self.world, 1.0, 1.0)
 
-    def _loss(self, batch: LatentBatch) -> Tensor:
-        """Mean loss of a micro-batch. What is random is keyed by (seed, epoch, sample id)."""
-        seed, ids, epochs = self.config.seed, batch.ids.to(self.device), batch.epochs.to(self.device)
-        latents = draw_latents(batch, self.dataset.statistics, seed, self.device)
-        noise = random.normal(seed, "noise", ids, epochs, tuple(latents.shape[1:]))
-        t = self.diffusion.draw_timesteps(seed, ids, epochs)
-        labels = None
-        if self.dataset.num_classes:
-            dropped = random.uniform(seed, "label-dropout", ids, epochs) < self.config.denoiser.label_dropout
-            labels = torch.where(dropped, self.dataset.num_classes, batch.labels.to(self.device))
-        return self.diffusion.loss(self.engine, latents, noise, t, labels).mean()
-
-    def _learning_rate(self) -> float:
-        """Linear warm-up, counted in images, then constant."""
-        warm = (self.images_seen + self.config.global_batch_size) / max(1, self.config.warmup_images)
-        return self.config.learning_rate * min(1.0, warm)
-
-    def _new_window(self) -> _Window:
-        return _Window(loss=torch.zeros((), device=self.device), started=time.monotonic())
+    def _build_validation(self, generations: list[str], exclusions: dict[int, str]) -> Validation:
+        config, holdout = self.config, None
+        if config.holdout > 0 and config.validation.images > 0:
+            holdout = open_latents(config, generations, exclusions, split="holdout")
+        return Validation(config, self.engine, self.ema, self.objective, self.dataset, holdout, self.micro_batch)
 
     def _log(self) -> None:
-        """A point in MLflow: the mean loss over ranks and over the steps since the last point."""
-        window, self._window = self._window, self._new_window()
-        dist.all_reduce(window.loss)
-        steps = window.applied + window.skipped
-        losses = {}
-        if window.applied:
-            self.loss = losses["train/loss"] = float(window.loss) / (window.applied * self.world)
-        seconds = max(1e-9, time.monotonic() - window.started)
-        self.tracker.log(
-            {
-                **losses,
-                "train/learning_rate": self._learning_rate(),
-                "train/skipped_steps": window.skipped,
-                "perf/images_per_second": steps * self.config.global_batch_size / seconds,
-                "data/wait_share": window.waited / seconds,
-                PROGRESS_KEY: self.step,
-            },
-            self.images_seen,
-        )
+        """A point in MLflow: means over ranks and over the steps since the last point."""
+        point = self.meter.point(self.device)
+        self.loss = point.get("train/loss", self.loss)
+        rate = learning_rate(self.config, self.images_seen)
+        self.tracker.log({**point, "train/learning_rate": rate, PROGRESS_KEY: self.step}, self.images_seen)
+
+    def _validate(self) -> None:
+        with self.meter.pause():
+            losses, grid = self.validation.run()
+        if losses:
+            self.tracker.log(losses, self.images_seen)
+        if grid is not None:
+            self.tracker.image(f"samples/step-{self.step:010d}.png", grid)
 
     def _save(self) -> None:
         """Checkpoint on all ranks, then rank 0 writes the snapshot from its files."""
-        progress = {"step": self.step, "images_seen": self.images_seen, "loss": self.loss}
+        progress = {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "loss": self.loss,
+            "batches_read": self.batches_read,
+            "guard": self.guard.state(),
+            "meter": self.meter.state(),
+        }
         self.checkpoint = save_checkpoint(self.config.output, self.engine.state, self.ema, progress, zero.all_gather)
         self._write_snapshot()
         if self.rank == 0:
             prune(self.config.output, self.config.keep_last)
+
+    def _load(self, checkpoint: str) -> None:
+        progress = load_checkpoint(checkpoint, self.engine.state, self.ema, zero.all_gather)
+        self.step, self.batches_read, self.loss = progress["step"], progress["batches_read"], progress["loss"]
+        self.guard.load(progress["guard"])
+        self.meter.load(progress["meter"])
 
     def _write_snapshot(self) -> None:
         assert self.checkpoint is not None
@@ -244,7 +272,7 @@ class Worker:
         manifest = self.dataset.manifest
         write_snapshot(
             self.snapshot,
-            read_full(self.checkpoint, f"ema.{EMA_PROFILE}") | read_full(self.checkpoint, "buffer"),
+            read_full(self.checkpoint, f"ema.{SNAPSHOT_PROFILE}") | read_full(self.checkpoint, "buffer"),
             denoiser_config=self.config.denoiser,
             diffusion_config=self.config.diffusion,
             statistics=self.dataset.statistics,

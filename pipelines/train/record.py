@@ -61,8 +61,8 @@ def write_record(output: str, record: RunRecord) -> None:
     storage.write_json(storage.join(output, RUN_FILE), {"format": FORMAT, "version": VERSION, **asdict(record)})
 
 
-def exclusions_asked(config: TrainConfig, record: RunRecord | None, step: int) -> dict[int, frozenset[int]]:
-    """All that is left out from each step on, when the run goes on at `step`. Lists only grow.
+def exclusions_asked(config: TrainConfig, record: RunRecord | None, batches_read: int) -> dict[int, frozenset[int]]:
+    """All that is left out from each step on, when the run goes on after so many batches. Lists only grow.
 
     Raises RequestError where the request lacks what the run leaves out already.
     """
@@ -75,7 +75,7 @@ def exclusions_asked(config: TrainConfig, record: RunRecord | None, step: int) -
             f"exclude={config.exclude}: lacks {len(missing)} of the {len(before)} ids that the run leaves out already, "
             f"such as {min(missing)}; add to the list, and take nothing from it"
         )
-    return known if asked == before else {**known, step: asked}
+    return known if asked == before else {**known, batches_read: asked}
 
 
 def write_exclusions(output: str, exclusions: dict[int, frozenset[int]]) -> dict[int, str]:

@@ -29,6 +29,7 @@ from pipelines.train.record import (
     write_exclusions,
     write_record,
 )
+from pipelines.train.schedule import check_schedule
 from pipelines.train.space import check_space
 
 
@@ -71,10 +72,11 @@ def plan(config: TrainConfig) -> TrainPlan:
     storage.check_writable("output", config.output)
     checkpoint = newest_checkpoint(config.output)
     record = read_record(config, checkpoint)
-    step = read_marker(checkpoint)["progress"]["step"] if checkpoint and record else 0
-    exclusions = exclusions_asked(config, record, step)
+    batches_read = read_marker(checkpoint)["progress"]["batches_read"] if checkpoint and record else 0
+    exclusions = exclusions_asked(config, record, batches_read)
     dataset = open_latents(config, record.generations if record else None, exclusions)
     _check_batch(config)
+    check_schedule(config)
     if record is None:
         check_unused(config.diffusion)
     with torch.device("meta"):
@@ -171,7 +173,7 @@ def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
         checkpoint=storage.absolute(todo.checkpoint),
         images_per_second=0.0,
         run_id=todo.record.run_id,
-        **progress,
+        **{key: progress[key] for key in ("step", "images_seen", "loss")},
     )
 
 

@@ -5,8 +5,8 @@ from ldm.autoencoder import FILES
 from pipelines.train.checkpoint import committed_steps
 from pipelines.train.config import TrainConfig
 
-_CHECKPOINT, _SNAPSHOT = 16, 4
-"""Bytes for each parameter: fp32 master, two moments and EMA; the EMA alone."""
+_FP32 = 4
+_SNAPSHOT = _FP32  # bytes for each parameter: an average
 
 
 def check_space(config: TrainConfig, parameters: int) -> int:
@@ -24,7 +24,8 @@ def _needed(config: TrainConfig, parameters: int, committed: list[int]) -> int:
     saves = config.max_steps // every - begun // every + (config.max_steps % every > 0)
     # One more than is kept, for the oldest is removed only when the newest is whole.
     checkpoints = min(saves, max(1, config.keep_last + 1 - len(committed)))
-    return checkpoints * _CHECKPOINT * parameters + saves * (_SNAPSHOT * parameters + _autoencoder_bytes(config))
+    checkpoint = _FP32 * (3 + config.ema.num_profiles)  # masters, two moments, averages
+    return checkpoints * checkpoint * parameters + saves * (_SNAPSHOT * parameters + _autoencoder_bytes(config))
 
 
 def _autoencoder_bytes(config: TrainConfig) -> int:

@@ -27,7 +27,7 @@ def chain(url: str, batch_size: int, world: int, workers: int, steps: range, **o
     for _ in steps:
         ids, epochs = np.full(batch_size, -1), np.full(batch_size, -1)
         for rank, stream in enumerate(streams):
-            batch, slots = next(stream), ranks[rank]._slots(rank, world)
+            batch, slots = next(stream), ranks[rank].slots(rank, world)
             assert len(batch) == batch_size // world
             ids[slots], epochs[slots] = batch.ids, batch.epochs
         digest.update(ids.tobytes() + epochs.tobytes())
@@ -55,14 +55,14 @@ def test_it_goes_on_exactly_on_another_world(written):
             for name in ("moments", "labels", "ids", "epochs"):
                 whole = torch.empty_like(getattr(expected[step], name))
                 for rank, part in parts.items():
-                    whole[data._slots(rank, world)] = getattr(part, name)
+                    whole[data.slots(rank, world)] = getattr(part, name)
                 assert torch.equal(whole, getattr(expected[step], name))
 
 
 def test_ranks_own_whole_lanes(written):
     data = LatentDataset(written[0], global_batch_size=192)
     for world in (2, 4, 8):
-        lanes = [set((data._slots(rank, world) % data.lanes).tolist()) for rank in range(world)]
+        lanes = [set((data.slots(rank, world) % data.lanes).tolist()) for rank in range(world)]
         assert all(len(own) == 64 // world for own in lanes) and len(set.union(*lanes)) == 64
 
 

@@ -1,5 +1,7 @@
 """The order of samples: permutations that are computed, lanes, windows, and how well they shuffle."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -128,7 +130,7 @@ def test_a_small_data_set_is_shuffled_as_a_large_one_is():
     order, beside = LaneOrder(np.array([21]), 0, 64), set()
     for epoch in range(200):
         indices = order.locate(np.arange(21) + epoch * 21)[1].tolist()
-        beside |= set(zip(indices, indices[1:], strict=False))
+        beside |= set(itertools.pairwise(indices))
     assert len(beside) > 0.99 * 21 * 20
 
 
