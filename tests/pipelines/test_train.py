@@ -181,9 +181,12 @@ def test_another_world_stage_and_micro_batch_see_the_same_stream(
     moved = 0.0
     for name, tensor in expected.items():
         if name.startswith("master/"):
-            # Adam divides by the root of a second moment that may be tiny: rounding shows above 1e-7.
-            torch.testing.assert_close(found[name], tensor, rtol=0, atol=2e-5, msg=name)
-            moved = max(moved, float((tensor - began[name.removeprefix("master/")]).abs().max()))
+            if name.endswith("qkv.bias"):  # softmax does not see the keys' bias: its gradient is rounding, which Adam
+                width = len(tensor) // 3  # makes into steps of any size
+                tensor, found[name] = (torch.cat([t[:width], t[2 * width :]]) for t in (tensor, found[name]))
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-6, msg=name)
+            if name.endswith("weight"):
+                moved = max(moved, float((tensor - began[name.removeprefix("master/")]).abs().max()))
     assert moved > 0.01
 
 
