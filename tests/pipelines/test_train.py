@@ -163,7 +163,7 @@ def test_the_same_command_goes_on_with_the_same_bits_and_logs_no_point_twice(
     (data,) = run.inputs.dataset_inputs
     assert (data.dataset.digest, data.tags[0].value) == (plan(again).generations[0], "training")
     models = {output.step: client.get_logged_model(output.model_id) for output in run.outputs.model_outputs}
-    assert sorted(models) == [64, 80]  # the last snapshot of each of the two times, at its images seen
+    assert sorted(models) == [16, 32, 48, 64, 80]  # each snapshot once, at its images seen
     assert models[80].params["snapshot"] == report.snapshot
 
 
