@@ -139,7 +139,7 @@ def is_final(error: Exception) -> bool:
     else:
         wrong = (ValueError, TypeError, LookupError, AttributeError, AssertionError)
         return isinstance(error, FileNotFoundError) or (isinstance(error, wrong) and not isinstance(error, OSError))
-    return 400 <= status < 500 and status not in (401, 403, 408, 429)
+    return status == 501 or (400 <= status < 500 and status not in (401, 403, 408, 429))
 
 
 class Writer:

@@ -1,10 +1,14 @@
 """MLflow's own server, in this process: a start of `mlflow server` takes many times as long."""
 
-from collections.abc import Iterator
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 
 @contextmanager
@@ -26,12 +30,24 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         patch.setattr(utils, "_tracking_uri", None)
         patch.setattr(handlers, "_tracking_store", None)
         patch.setattr(handlers, "_artifact_repo", None)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
         server = make_server("127.0.0.1", 0, app, threaded=True)
-        import threading
-
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def history(client: MlflowClient, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    """(step, value) of all points that a run has of a metric."""
+    return [(point.step, point.value) for point in client.get_metric_history(str(run_id), key)]
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
+    """Polls for what another thread or process brings about."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "did not come about in time"
+        time.sleep(0.01)
