@@ -34,6 +34,8 @@ from pipelines.tracking_records import (
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 KEEP_AFTER_S = 5.0
+UPLOAD_WAIT_S = 600.0
+"""How long the end of a stage waits for weights that are on their way, and meet no fault."""
 _KEEP_EVERY_S = 1.0
 _PREFIX = "backlog-"
 _AT_ONCE = 200  # records of points in one request
@@ -91,8 +93,10 @@ class Outbox:
             self._closing = True
             self._changed.notify_all()
         deadline = time.monotonic() + seconds
-        for sender in self._senders:
+        for lane, sender in zip(self._lanes, self._senders, strict=True):
             sender.join(max(0.0, deadline - time.monotonic()))
+            while sender.is_alive() and self._uploads(lane) and time.monotonic() < deadline + UPLOAD_WAIT_S:
+                sender.join(1.0)
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
@@ -110,6 +114,10 @@ class Outbox:
 
     def _pending(self) -> list[_Item]:
         return [item for lane in self._lanes for item in lane.items]
+
+    def _uploads(self, lane: _Lane) -> bool:
+        with self._changed:
+            return bool(lane.items) and isinstance(lane.items[0].record, Upload) and not lane.failures
 
     def _send_loop(self, lane: _Lane) -> None:
         while batch := self._next(lane):

@@ -36,6 +36,7 @@ from pipelines.tracking_records import (
     UsedModel,
     Writer,
     one_line,
+    without_password,
 )
 
 DEFAULT_URI = "sqlite:///mlflow.db"
@@ -87,6 +88,7 @@ class Tracker:
     ) -> None:
         self.config, self.name, self.params = config.resolved(), name, params
         self.run_id, self.ends_run, self.folder = run_id, ends_run, folder
+        self._uri = without_password(str(self.config.uri))
         self._client: Any = None
         self._connecting = threading.Lock()
         self._outbox: Outbox | None = None
@@ -100,7 +102,7 @@ class Tracker:
         fresh = self._begin() if self.ends_run else None
         if self.run_id is None:
             raise ValueError("a tracker that does not begin a run needs its run_id")
-        self._outbox = Outbox(Writer(self._connect, fresh), str(self.config.uri), self.run_id, self.folder)
+        self._outbox = Outbox(Writer(self._connect, fresh), self._uri, self.run_id, self.folder)
         if fresh is None and self.ends_run:
             self._put(Status("RUNNING"))
         return self
@@ -113,13 +115,12 @@ class Tracker:
             self._put(Status(status))
         # What a worker keeps its driver sends.
         kept, lost = self._outbox.close(EXIT_WAIT_S if self.ends_run else WORKER_EXIT_WAIT_S, load=self.ends_run)
-        uri, refused = self.config.uri, self._outbox.refused
-        if refused:
-            say(f"tracking: {len(refused)} writes to {uri} failed; the first: {refused[0]}")
+        if refused := self._outbox.refused:
+            say(f"tracking: {len(refused)} writes to {self._uri} failed; the first: {refused[0]}")
         if kept:
-            say(f"tracking: {kept} writes to {uri} wait in {self.folder}; the next start of the same run sends them")
+            say(f"tracking: {kept} writes to {self._uri} wait in {self.folder}; the same command sends them later")
         if lost:
-            say(f"tracking: {lost} writes to {uri} are lost: it did not answer in time")
+            say(f"tracking: {lost} writes to {self._uri} are lost: it did not answer in time")
 
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
         """Metrics at a number of images seen; what the run already holds from before a restart is left out."""
@@ -131,6 +132,8 @@ class Tracker:
 
     def image(self, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """One picture, uint8 (3, H, W), as the artifact `name` (a .png)."""
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+            raise ValueError(f"{name}: is {pixels.dtype} {pixels.shape}, not uint8 (3, H, W)")
         self._put(Artifact(name, pixels))
 
     def document(self, name: str, value: Any) -> None:
@@ -178,7 +181,7 @@ class Tracker:
             self.run_id = self._create_run()
         except Exception as error:  # any client, server or network fault: nothing has begun yet
             raise RequestError(
-                f"tracking.uri={self.config.uri}: cannot be written to ({one_line(error)}); "
+                f"tracking.uri={self._uri}: cannot be written to ({one_line(error)}); "
                 "give another, or tracking.enabled=false"
             ) from None
         return self.run_id
@@ -204,9 +207,9 @@ class Tracker:
         answer = answers[0] if answers else TimeoutError(f"no answer in {START_WAIT_S:.0f} s")
         gone = isinstance(answer, MlflowException) and answer.error_code == "RESOURCE_DOES_NOT_EXIST"
         if gone:
-            say(f"tracking: {self.config.uri} has no run {run_id}; a new one is made")
+            say(f"tracking: {self._uri} has no run {run_id}; a new one is made")
         elif isinstance(answer, Exception):
-            say(f"tracking: {self.config.uri} does not answer, goes on and sends later ({one_line(answer)})")
+            say(f"tracking: {self._uri} does not answer, goes on and sends later ({one_line(answer)})")
         return gone
 
     def _create_run(self) -> str:

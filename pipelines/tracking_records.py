@@ -5,6 +5,7 @@ Writing a record twice is writing it once, so that what may or may not have arri
 
 import base64
 import math
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -122,7 +123,12 @@ def from_values(values: dict[str, Any]) -> Record:
 
 
 def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return without_password(" ".join(str(error).split()))[:200] or type(error).__name__
+
+
+def without_password(text: str) -> str:
+    """Text in which no URL names who asks."""
+    return re.sub(r"//[^/@\s]*@", "//", text)
 
 
 def is_final(error: Exception) -> bool:

@@ -1,4 +1,4 @@
-"""A bad road to a good S3 or MLflow server: a reverse proxy that harms a share of the requests, the same on each run."""
+"""A bad road to a good S3 or MLflow server: a reverse proxy that harms a share of the requests, the same each run."""
 
 import http.client
 import random

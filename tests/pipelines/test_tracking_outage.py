@@ -1,12 +1,16 @@
 """MLflow is down, slow or silent: no caller waits, nothing is lost, and nothing is there twice."""
 
 import json
+import os
 import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
+import urllib.request
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +21,7 @@ from ldm.config import RequestError
 from ldm.snapshot import read_snapshot
 from pipelines import outbox, tracking
 from pipelines.lineage import image_dataset
-from pipelines.outbox import kept_files
+from pipelines.outbox import BACKOFF_S, kept_files
 from pipelines.tracking import Tracker, TrackingConfig
 from tests.chaos_s3 import chaos_in_front_of
 from tests.pipelines.mlflow_server import history, mlflow_server, wait_until
@@ -38,10 +42,16 @@ def client(server):
     return MlflowClient(server)  # not through the proxy
 
 
-@pytest.fixture
-def chaos(server):
+@pytest.fixture(scope="module")
+def proxy(server):
     with chaos_in_front_of(server) as proxy:
         yield proxy
+
+
+@pytest.fixture
+def chaos(proxy):
+    proxy.calm()
+    return proxy
 
 
 @pytest.fixture
@@ -242,6 +252,74 @@ def test_what_can_never_be_written_is_not_tried_for_ever(config, chaos, client, 
     assert [step for step, _ in history(client, tracker.run_id, "train/loss")] == list(range(10))
     assert kept_files(str(tmp_path)) == []
     assert f"tracking: 1 writes to {chaos.endpoint} failed; the first: " in capsys.readouterr().err
+
+
+def test_the_end_waits_for_weights_that_are_on_their_way(config, chaos, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "EXIT_WAIT_S", 0.1)
+    snapshot = read_snapshot(write_tiny_snapshot(tmp_path / "snapshot", seed=12))
+    with Tracker(config, "train/run") as tracker:
+        chaos.rage(1.0, kinds=("slow",), delay=0.2, only=lambda method, path: method == "PUT")
+        tracker.best_model(snapshot, "val/loss", 0.5)
+        wait_until(lambda: chaos.faults)
+    names = {file.path for file in client.list_artifacts(tracker.run_id, "best")}
+    assert names == {"best/snapshot.json", "best/denoiser.safetensors", "best/autoencoder"}
+
+
+def test_no_password_lies_in_a_file(config, chaos, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(tracking, "EXIT_WAIT_S", 0.1)
+    named = TrackingConfig(uri=chaos.endpoint.replace("//", "//someone:secret@"), experiment="outages")
+    with Tracker(named, "train/run", folder=str(tmp_path)) as first:
+        chaos.rage(1.0, kinds=("busy",))
+        first.log({"train/loss": 1.0}, 1)
+    assert len(kept(tmp_path)) == 2 and not any("secret" in line["uri"] for line in kept(tmp_path))
+    chaos.calm()
+    monkeypatch.setattr(tracking, "EXIT_WAIT_S", 20.0)
+    with Tracker(config, "train/run", run_id=first.run_id, folder=str(tmp_path)):
+        pass
+    assert history(client, first.run_id, "train/loss") == [(1, 1.0)] and kept_files(str(tmp_path)) == []
+
+
+@pytest.mark.faults
+def test_a_server_that_is_killed_and_back_after_a_minute(free_port, tmp_path, monkeypatch):
+    """`mlflow server` itself, with the waits of every day."""
+    monkeypatch.setattr(outbox, "BACKOFF_S", BACKOFF_S)
+    port, place = free_port(), f"sqlite:///{tmp_path}/mlflow.db"
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--backend-store-uri", place, "--artifacts-destination", str(tmp_path / "artifacts")]
+
+    @contextmanager
+    def server():
+        with subprocess.Popen(command, cwd=tmp_path, start_new_session=True) as process:
+            try:
+                wait_until(lambda: answers(url), 120)
+                yield
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)
+
+    with ExitStack() as later:
+        with server():
+            config = TrackingConfig(uri=url, experiment="outage")
+            tracker, client = Tracker(config, "train/run", folder=str(tmp_path / "kept")).__enter__(), MlflowClient(url)
+            tracker.log({"train/loss": 0.0}, 0)
+            wait_until(lambda: history(client, tracker.run_id, "train/loss"))
+        for step in range(1, 61):  # a step a second
+            tracker.log({"train/loss": float(step)}, step)
+            time.sleep(1)
+        assert sorted(step for step, _ in kept_points(tmp_path / "kept")) == list(range(1, 61))
+        later.enter_context(server())
+        wait_until(lambda: len(history(client, tracker.run_id, "train/loss")) == 61)
+        assert history(client, tracker.run_id, "train/loss") == [(step, float(step)) for step in range(61)]
+        tracker.__exit__(None, None, None)
+        assert kept_files(str(tmp_path / "kept")) == []
+        assert client.get_run(tracker.run_id).info.status == "FINISHED"
+
+
+def answers(url):
+    try:
+        return urllib.request.urlopen(f"{url}/health", timeout=5).status == 200
+    except OSError:
+        return False
 
 
 def test_what_waits_for_another_server_or_is_damaged_stays(config, client, tmp_path, capsys):
