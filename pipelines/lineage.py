@@ -15,6 +15,7 @@ from ldm.latents.manifest import Manifest, fingerprint_hash
 from ldm.snapshot import Snapshot
 
 WEIGHTS_TAG = "weights_sha256"
+BEST_TAG = "best"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,17 @@ class TrackedDataset:
     digest: str
     url: str
     profile: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrackedModel:
+    """A snapshot as MLflow knows it: its weights stay where they are. params: what a person sees of it."""
+
+    name: str
+    images_seen: int
+    weights_sha256: str
+    fingerprint: str
+    params: dict[str, str]
 
 
 def image_dataset(sizes: dict[str, int]) -> TrackedDataset:
@@ -62,34 +74,7 @@ def write_dataset(client: Any, run_id: str, dataset: TrackedDataset, context: st
     client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
 
 
-def write_model(client: Any, run_id: str, name: str, snapshot: Snapshot) -> None:
-    """Logs a snapshot as a model that the run gave, by its URL: no weights are uploaded.
-
-    What a kill left half done is finished. The step is the images seen, as for metrics.
-    """
-    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
-
-    run = client.get_run(run_id)
-    models = _find_models(client, run, snapshot.weights_sha256)
-    model = next((model for model in models if model.source_run_id == run_id), None)
-    if model is None:
-        model = _create_model(client, run, name, snapshot)
-    if model.model_id not in {output.model_id for output in run.outputs.model_outputs}:
-        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, snapshot.images_seen)])
-    if model.status != LoggedModelStatus.READY:
-        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
-
-
-def write_used_model(client: Any, run_id: str, weights_sha256: str) -> None:
-    """Links the run to the newest logged model with these weights in its experiment, where there is one."""
-    from mlflow.entities import LoggedModelInput
-
-    models = _find_models(client, client.get_run(run_id), weights_sha256)
-    if models:
-        client.log_inputs(run_id, models=[LoggedModelInput(models[0].model_id)])
-
-
-def _create_model(client: Any, run: Any, name: str, snapshot: Snapshot) -> Any:
+def snapshot_model(run_name: str, snapshot: Snapshot) -> TrackedModel:
     params = {
         "snapshot": snapshot.url,
         "step": snapshot.step,
@@ -98,21 +83,73 @@ def _create_model(client: Any, run: Any, name: str, snapshot: Snapshot) -> Any:
         "num_classes": snapshot.conditioning.num_classes,
         **{f"denoiser.{key}": value for key, value in snapshot.denoiser.items()},
     }
-    return client.create_logged_model(
-        run.info.experiment_id,
-        name="".join("-" if character in "/:.%\"'" else character for character in name),  # which MLflow refuses
-        source_run_id=run.info.run_id,
-        tags={
-            WEIGHTS_TAG: snapshot.weights_sha256,
-            "fingerprint": fingerprint_hash(snapshot.fingerprint),
-            "mlflow.model.isExternal": "true",  # its weights are not in MLflow's store
-        },
-        params={key: str(value)[:6000] for key, value in params.items()},
-        model_type="latent-diffusion",
+    name = f"{run_name}-step-{snapshot.step}"
+    return TrackedModel(
+        "".join("-" if character in "/:.%\"'" else character for character in name),  # which MLflow refuses
+        snapshot.images_seen,
+        snapshot.weights_sha256,
+        fingerprint_hash(snapshot.fingerprint),
+        {key: str(value)[:6000] for key, value in params.items()},
     )
 
 
-def _find_models(client: Any, run: Any, weights_sha256: str) -> list[Any]:
-    """Logged models with these weights in the run's experiment, the newest first."""
+def write_model(client: Any, run_id: str, experiment_id: str, tracked: TrackedModel) -> None:
+    """Logs a snapshot as a model that the run gave, by its URL: no weights are uploaded.
+
+    What a kill left half done is finished. The step is the images seen, as for metrics.
+    """
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+
+    model, linked = _model_of(client, run_id, experiment_id, tracked.weights_sha256), set()
+    if model is None:
+        model = _create_model(client, run_id, experiment_id, tracked)
+    else:  # only then is there more to ask for: a run lists the models of all its snapshots
+        linked = {output.model_id for output in client.get_run(run_id).outputs.model_outputs}
+    if model.model_id not in linked:
+        client.log_outputs(run_id, [LoggedModelOutput(model.model_id, tracked.images_seen)])
+    if model.status != LoggedModelStatus.READY:
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+
+
+def write_best_model(
+    client: Any, run_id: str, experiment_id: str, weights_sha256: str, metric: str, value: float
+) -> None:
+    """Tags the run's model with these weights as the best one by a metric, and no other of its models."""
+    model = _model_of(client, run_id, experiment_id, weights_sha256)
+    if model is None:
+        raise ValueError(f"run {run_id} has no model with the weights {weights_sha256}")
+    best = f"tags.{BEST_TAG} = '{metric}' AND source_run_id = '{run_id}'"
+    for other in client.search_logged_models([experiment_id], filter_string=best):
+        if other.model_id != model.model_id:
+            client.delete_logged_model_tag(other.model_id, BEST_TAG)
+    client.set_logged_model_tags(model.model_id, {BEST_TAG: metric, metric: str(value)})
+
+
+def write_used_model(client: Any, run_id: str, experiment_id: str, weights_sha256: str) -> None:
+    """Links the run to the newest logged model with these weights in its experiment, where there is one."""
+    from mlflow.entities import LoggedModelInput
+
     wanted = f"tags.{WEIGHTS_TAG} = '{weights_sha256}'"
-    return list(client.search_logged_models([run.info.experiment_id], filter_string=wanted))
+    if models := client.search_logged_models([experiment_id], filter_string=wanted, max_results=1):
+        client.log_inputs(run_id, models=[LoggedModelInput(models[0].model_id)])
+
+
+def _model_of(client: Any, run_id: str, experiment_id: str, weights_sha256: str) -> Any:
+    """The run's logged model with these weights, or None."""
+    wanted = f"tags.{WEIGHTS_TAG} = '{weights_sha256}' AND source_run_id = '{run_id}'"
+    return next(iter(client.search_logged_models([experiment_id], filter_string=wanted)), None)
+
+
+def _create_model(client: Any, run_id: str, experiment_id: str, tracked: TrackedModel) -> Any:
+    return client.create_logged_model(
+        experiment_id,
+        name=tracked.name,
+        source_run_id=run_id,
+        tags={
+            WEIGHTS_TAG: tracked.weights_sha256,
+            "fingerprint": tracked.fingerprint,
+            "mlflow.model.isExternal": "true",  # its weights are not in MLflow's store
+        },
+        params=tracked.params,
+        model_type="latent-diffusion",
+    )

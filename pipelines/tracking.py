@@ -1,15 +1,14 @@
-"""MLflow, written to by one thread, so that neither a training step nor a request ever waits for it.
+"""MLflow, written to by threads of its own, so that neither a training step nor a request ever waits for it.
 
 The step axis is images seen, so that runs of different batch sizes compare. A run that goes on writes to the run
 that it began, and only what is new.
 """
 
 import contextlib
+import json
 import os
-import queue
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,10 +21,31 @@ from ldm import storage
 from ldm.config import Config, RequestError
 from ldm.snapshot import Snapshot
 from pipelines import lineage
+from pipelines.outbox import Outbox
 from pipelines.progress import say
+from pipelines.tracking_records import (
+    Artifact,
+    BestModel,
+    OutputModel,
+    Points,
+    Record,
+    Status,
+    Tags,
+    Upload,
+    UsedDataset,
+    UsedModel,
+    Writer,
+    one_line,
+    without_password,
+)
 
 DEFAULT_URI = "sqlite:///mlflow.db"
 PROGRESS_KEY = "progress/optimizer_step"
+START_WAIT_S = 15.0
+"""How long a run that goes on waits to hear that MLflow has it."""
+EXIT_WAIT_S = 30.0
+"""How long a finished stage waits for what is not sent yet."""
+WORKER_EXIT_WAIT_S = 5.0
 
 
 class TrackingConfig(Config):
@@ -47,11 +67,14 @@ class TrackingConfig(Config):
 class Tracker:
     """One MLflow run. A context manager: the run ends FINISHED, KILLED (Ctrl-C) or FAILED.
 
+    Once it has begun no caller waits for MLflow. While MLflow is down all is kept, and sent when it is back.
+
     Args:
         name: of the run, `stage/NAME`.
         params: the stage's configuration, written as parameters.
         run_id: of a run that goes on.
-        ends_run: False where another tracker (the driver's) ends it.
+        ends_run: False where another tracker (the driver's) begins and ends it.
+        folder: URL of the folder of what is not sent when the stage ends, for the next tracker; None: it is lost.
     """
 
     def __init__(
@@ -61,131 +84,146 @@ class Tracker:
         params: Config | None = None,
         run_id: str | None = None,
         ends_run: bool = True,
+        folder: str | None = None,
     ) -> None:
         self.config, self.name, self.params = config.resolved(), name, params
-        self.run_id, self.ends_run = run_id, ends_run
-        self._queue: queue.Queue[Any] = queue.Queue()
-        self._thread: threading.Thread | None = None
-        self._goes_on = run_id is not None
-        self._held: dict[str, int] = {}
-        self._lost: list[str] = []
+        self.run_id, self.ends_run, self.folder = run_id, ends_run, folder
+        self._uri = without_password(str(self.config.uri))
+        self._client: Any = None
+        self._connecting = threading.Lock()
+        self._outbox: Outbox | None = None
 
     def __enter__(self) -> "Tracker":
         if not self.config.enabled:
             return self
         _quiet()
-        from mlflow import MlflowClient
+        import mlflow  # noqa: F401  here, and not in a thread while this one imports other things
 
-        self._client = MlflowClient(self.config.uri)
-        try:
-            if self.run_id is None or not self._reopen(self.run_id):
-                self.run_id = self._create_run()
-        except Exception as error:  # any client, server or network fault
-            text = " ".join(str(error).split())[:200]
-            if self.ends_run and self.run_id is None:  # nothing has begun yet
-                raise RequestError(
-                    f"tracking.uri={self.config.uri}: cannot be written to ({text}); "
-                    "give another, or tracking.enabled=false"
-                ) from None
-            say(f"tracking: {self.config.uri} cannot be written to, goes on without ({text})")
-            return self
-        self._thread = threading.Thread(target=self._write, name="tracking", daemon=True)
-        self._thread.start()
+        fresh = self._begin() if self.ends_run else None
+        if self.run_id is None:
+            raise ValueError("a tracker that does not begin a run needs its run_id")
+        self._outbox = Outbox(Writer(self._connect, fresh), self._uri, self.run_id, self.folder)
+        if fresh is None and self.ends_run:
+            self._put(Status("RUNNING"))
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._thread is None:
+        if self._outbox is None:
             return
         status = "FINISHED" if kind is None else "KILLED" if issubclass(kind, KeyboardInterrupt) else "FAILED"
         if self.ends_run:
-            self._queue.put(lambda: self._client.set_terminated(self.run_id, status))
-        self._queue.put(None)
-        self._thread.join(timeout=60)
-        if self._thread.is_alive():
-            self._lost.append("the tracking server did not answer within 60 s")
-        if self._lost:
-            say(f"tracking: {len(self._lost)} writes to {self.config.uri} failed; the first: {self._lost[0]}")
+            self._put(Status(status))
+        # What a worker keeps its driver sends.
+        kept, lost = self._outbox.close(EXIT_WAIT_S if self.ends_run else WORKER_EXIT_WAIT_S, load=self.ends_run)
+        if refused := self._outbox.refused:
+            say(f"tracking: {len(refused)} writes to {self._uri} failed; the first: {refused[0]}")
+        if kept:
+            say(f"tracking: {kept} writes to {self._uri} wait in {self.folder}; the same command sends them later")
+        if lost:
+            say(f"tracking: {lost} writes to {self._uri} are lost: it did not answer in time")
 
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
         """Metrics at a number of images seen; what the run already holds from before a restart is left out."""
-        values, now = {key: float(value) for key, value in metrics.items()}, int(time.time() * 1000)
-        self._put(lambda: self._log(values, images_seen, now))
+        values = {key: float(value) for key, value in metrics.items()}
+        self._put(Points(values, images_seen, int(time.time() * 1000)))
 
     def tag(self, tags: dict[str, str]) -> None:
-        def write() -> None:
-            from mlflow.entities import RunTag
-
-            self._client.log_batch(self.run_id, tags=[RunTag(key, str(value)) for key, value in tags.items()])
-
-        self._put(write)
+        self._put(Tags({key: str(value) for key, value in tags.items()}))
 
     def image(self, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """One picture, uint8 (3, H, W), as the artifact `name` (a .png)."""
-        array = np.ascontiguousarray(pixels.transpose(1, 2, 0))
-        self._put(lambda: self._client.log_image(self.run_id, array, artifact_file=name))
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+            raise ValueError(f"{name}: is {pixels.dtype} {pixels.shape}, not uint8 (3, H, W)")
+        self._put(Artifact(name, pixels))
 
     def document(self, name: str, value: Any) -> None:
         """A JSON document as the artifact `name`."""
-        self._put(lambda: self._client.log_dict(self.run_id, value, name))
+        self._put(Artifact(name, json.dumps(value, indent=2).encode()))
 
     def dataset(self, dataset: lineage.TrackedDataset, context: str) -> None:
         """A data set that the run reads or writes, in the role `context`, such as "training"."""
-        self._put(lambda: lineage.write_dataset(self._client, str(self.run_id), dataset, context))
+        self._put(UsedDataset(dataset, context))
 
     def model(self, snapshot: Snapshot) -> None:
         """A snapshot that came of the run, as a logged model that points to it."""
-        name = f"{storage.name(self.name)}-step-{snapshot.step}"
-        self._put(lambda: lineage.write_model(self._client, str(self.run_id), name, snapshot))
+        self._put(OutputModel(lineage.snapshot_model(storage.name(self.name), snapshot)))
+
+    def best_model(self, snapshot: Snapshot, metric: str, value: float) -> None:
+        """Tags the snapshot's model as the best one of the run by `metric`, and uploads the snapshot to `best/`.
+
+        For the end of a run.
+        """
+        self.model(snapshot)
+        self._put(BestModel(snapshot.weights_sha256, metric, float(value)))
+        self._put(Upload(snapshot.url, "best"))
 
     def used_model(self, snapshot: Snapshot) -> None:
         """The snapshot that the run measures, where a run of this experiment has logged it."""
-        self._put(lambda: lineage.write_used_model(self._client, str(self.run_id), snapshot.weights_sha256))
+        self._put(UsedModel(snapshot.weights_sha256))
 
-    def _log(self, metrics: dict[str, float], images_seen: int, milliseconds: int) -> None:
-        from mlflow.entities import Metric
+    def _put(self, record: Record) -> None:
+        if self._outbox is not None:
+            self._outbox.put(record)
 
-        new = {key: value for key, value in metrics.items() if images_seen > self._last_held(key)}
-        points = [Metric(key, value, milliseconds, images_seen) for key, value in new.items()]
-        if points:
-            self._client.log_batch(self.run_id, metrics=points)
+    def _connect(self) -> Any:
+        from mlflow import MlflowClient
 
-    def _last_held(self, key: str) -> int:
-        """The last step of `key` that the run held when this tracker first wrote to it; -1 where there is none."""
-        if not self._goes_on:
-            return -1
-        if key not in self._held:
-            history = self._client.get_metric_history(self.run_id, key)
-            self._held[key] = max((point.step for point in history), default=-1)
-        return self._held[key]
+        with self._connecting:
+            if self._client is None:
+                self._client = MlflowClient(self.config.uri)
+            return self._client
 
-    def _put(self, write: Callable[[], Any]) -> None:
-        if self.config.enabled:
-            self._queue.put(write)
+    def _begin(self) -> str | None:
+        """Makes a run where there is none to go on; its id, or None where one goes on. Raises RequestError."""
+        if self.run_id is not None and not self._is_gone(self.run_id):
+            return None
+        try:
+            self.run_id = self._create_run()
+        except Exception as error:  # any client, server or network fault: nothing has begun yet
+            raise RequestError(
+                f"tracking.uri={self._uri}: cannot be written to ({one_line(error)}); "
+                "give another, or tracking.enabled=false"
+            ) from None
+        return self.run_id
 
-    def _reopen(self, run_id: str) -> bool:
-        """Whether the run is there to go on. One that is gone is no reason not to train on: a new one is made."""
+    def _is_gone(self, run_id: str) -> bool:
+        """Whether MLflow says that there is no such run, which is no reason not to train on: a new one is made.
+
+        Without an answer the run goes on: all that MLflow misses is sent later.
+        """
         from mlflow.exceptions import MlflowException
 
-        try:
-            self._client.update_run(run_id, status="RUNNING")
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-            say(f"tracking: {self.config.uri} has no run {run_id}; a new one is made")
-            return False
-        return True
+        answers: list[Any] = []
+
+        def ask() -> None:
+            try:
+                answers.append(self._connect().get_run(run_id))
+            except Exception as error:  # any client, server or network fault
+                answers.append(error)
+
+        thread = threading.Thread(target=ask, name="tracking", daemon=True)
+        thread.start()
+        thread.join(START_WAIT_S)
+        answer = answers[0] if answers else TimeoutError(f"no answer in {START_WAIT_S:.0f} s")
+        gone = isinstance(answer, MlflowException) and answer.error_code == "RESOURCE_DOES_NOT_EXIST"
+        if gone:
+            say(f"tracking: {self._uri} has no run {run_id}; a new one is made")
+        elif isinstance(answer, Exception):
+            say(f"tracking: {self._uri} does not answer, goes on and sends later ({one_line(answer)})")
+        return gone
 
     def _create_run(self) -> str:
         from mlflow.entities import Param
 
-        experiment = self._client.get_experiment_by_name(self.config.experiment)
+        client = self._connect()
+        experiment = client.get_experiment_by_name(self.config.experiment)
         experiment_id = experiment.experiment_id if experiment else self._create_experiment()
         tags = {"stage": self.name.split("/")[0], "mlflow.source.git.commit": _git_commit()}
-        run = self._client.create_run(experiment_id, run_name=self.name, tags={k: v for k, v in tags.items() if v})
+        run = client.create_run(experiment_id, run_name=self.name, tags={k: v for k, v in tags.items() if v})
         run_id = str(run.info.run_id)
         if self.params is not None:
             flat = _flatten(self.params.model_dump(mode="json", exclude={"tracking"}))
-            self._client.log_batch(run_id, params=[Param(k, str(v)[:6000]) for k, v in flat.items()])
+            client.log_batch(run_id, params=[Param(k, str(v)[:6000]) for k, v in flat.items()])
         return run_id
 
     def _create_experiment(self) -> str:
@@ -201,14 +239,6 @@ class Tracker:
             if experiment is None:
                 raise
             return str(experiment.experiment_id)
-
-    def _write(self) -> None:
-        """The thread: does what is queued, in order. A failed write is reported at the end, and fails no stage."""
-        while (write := self._queue.get()) is not None:
-            try:
-                write()
-            except Exception as error:  # any client, server or network fault: training goes on without
-                self._lost.append(" ".join(str(error).split())[:200])
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -237,7 +267,8 @@ def _quiet() -> None:
     import logging
 
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # the default of 7 keeps a stage waiting for minutes
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # of its own; the outbox tries on
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     for name in ("mlflow", "alembic"):

@@ -1,4 +1,4 @@
-"""A bad road to a good S3 server: a reverse proxy that harms a share of the requests, the same ones on each run."""
+"""A bad road to a good S3 or MLflow server: a reverse proxy that harms a share of the requests, the same each run."""
 
 import http.client
 import random
@@ -139,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "truncated":
             self._close()
 
-    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
+    do_GET = do_HEAD = do_PUT = do_POST = do_PATCH = do_DELETE = handle_any
 
     def _read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", "").lower():

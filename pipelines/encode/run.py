@@ -56,7 +56,8 @@ def encode(config: EncodeConfig) -> EncodeReport:
     # On a cluster that was started elsewhere the workers stand in another folder.
     config = config.model_copy(update={"destination": storage.absolute(config.destination)})
     _claim(config.destination, todo)
-    with Tracker(config.tracking, f"encode/{storage.name(config.destination)}", config) as tracker:
+    name, folder = f"encode/{storage.name(config.destination)}", storage.join(config.destination, "tracking")
+    with Tracker(config.tracking, name, config, folder=folder) as tracker:
         tracker.dataset(lineage.image_dataset(todo.sizes), "source")
         work = _Work(config, todo, tracker)
         if todo.tasks:

@@ -115,7 +115,8 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
     client = _connect(endpoint or config.endpoint, todo.snapshot)
     reference = read_reference(todo.shards, todo.snapshot, config.holdout, config.max_reference)
     _check_reference(config, reference)
-    with Tracker(config.tracking, f"evaluate/{storage.name(config.snapshot)}", config) as tracker:
+    name, folder = f"evaluate/{storage.name(config.snapshot)}", storage.join(config.output, "tracking")
+    with Tracker(config.tracking, name, config, folder=folder) as tracker:
         tracker.used_model(todo.snapshot)
         tracker.dataset(lineage.image_dataset(todo.sizes), "reference")
         features = _features(config, todo.snapshot, reference)

@@ -60,7 +60,8 @@ def train_worker(job: dict[str, Any]) -> None:
     board = job["board"] if context.get_world_rank() == 0 else None
     run_id = job["run_id"]
     tracking = config.tracking if board is not None else config.tracking.model_copy(update={"enabled": False})
-    with Tracker(tracking, "train", run_id=run_id, ends_run=False) as tracker:
+    name, folder = f"train/{storage.name(config.output)}", tracking_url(config.output)
+    with Tracker(tracking, name, run_id=run_id, ends_run=False, folder=folder) as tracker:
         result = Worker(config, job["generations"], job["exclusions"], tracker, board).run()
     first_step = result.pop("first_step")
     if board is not None:
@@ -267,7 +268,10 @@ class Worker:
     def _write_snapshot(self) -> None:
         assert self.checkpoint is not None
         self.snapshot = snapshot_url(self.config.output, self.step)
-        if self.rank != 0 or storage.exists(storage.join(self.snapshot, "snapshot.json")):
+        if self.rank != 0:
+            return
+        if storage.exists(storage.join(self.snapshot, "snapshot.json")):
+            self.tracker.model(read_snapshot(self.snapshot))  # of which a kill may have left no trace
             return
         manifest = self.dataset.manifest
         write_snapshot(
@@ -283,6 +287,7 @@ class Worker:
             images_seen=self.images_seen,
             autoencoder_url=storage.join(manifest.url, "autoencoder"),
         )
+        self.tracker.model(read_snapshot(self.snapshot))
 
     def _show(self) -> None:
         if self.board is not None:
@@ -292,3 +297,8 @@ class Worker:
 
 def snapshot_url(output: str, step: int) -> str:
     return storage.join(output, "snapshots", f"step-{step:010d}")
+
+
+def tracking_url(output: str) -> str:
+    """Where a run keeps what MLflow has not heard yet."""
+    return storage.join(output, "tracking")

@@ -16,12 +16,13 @@ from ldm.latents.manifest import fingerprint_hash
 from ldm.snapshot import read_snapshot
 from ldm.transfer import check_fit
 from pipelines import cluster, lineage
+from pipelines.outbox import kept_files
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import newest_checkpoint
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig, check_unused, trajectory
-from pipelines.train.loop import open_latents, snapshot_url, train_worker
+from pipelines.train.loop import open_latents, snapshot_url, tracking_url, train_worker
 from pipelines.train.record import (
     RunRecord,
     exclusions_asked,
@@ -117,12 +118,12 @@ def train(config: TrainConfig) -> TrainReport:
     if (finished := _finished(config, todo)) is not None:
         say(f"train: step {finished.step:,} is reached already")
         _keep_record(config, todo, finished.run_id)  # what is excluded now stays so when the run goes on
+        if finished.run_id and kept_files(tracking_url(config.output)):
+            with _tracker(config, finished.run_id):
+                pass  # which sends what MLflow has not heard yet
         return finished
     run_id = todo.record.run_id if todo.record else None
-    with (
-        Tracker(config.tracking, f"train/{storage.name(config.output)}", config, run_id) as tracker,
-        cluster.ray_session(),
-    ):
+    with _tracker(config, run_id) as tracker, cluster.ray_session():
         record = _keep_record(config, todo, tracker.run_id)
         generation = "+".join(record.generations)
         if tracker.run_id != run_id:
@@ -135,8 +136,12 @@ def train(config: TrainConfig) -> TrainReport:
         for note in todo.notes:
             say(f"train: init_from: {note}")
         result = _run_workers(config, record, tracker.run_id)
-        tracker.model(read_snapshot(result["snapshot"]))
     return TrainReport(**result, run_id=tracker.run_id)
+
+
+def _tracker(config: TrainConfig, run_id: str | None) -> Tracker:
+    folder = tracking_url(config.output)
+    return Tracker(config.tracking, f"train/{storage.name(config.output)}", config, run_id, folder=folder)
 
 
 def describe_samples(dataset: LatentDataset) -> str:

@@ -26,3 +26,9 @@ def source(tmp_path_factory):
     image_shard(folder / "train-00001.tar", bad)
     image_shard(folder / "train-00002.tar", samples(20, start=40))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def mlflow_folder(tmp_path_factory):
+    """The folder of MLflow's database and artifacts: making one takes seconds, so the tests of tracking share it."""
+    return tmp_path_factory.mktemp("mlflow")

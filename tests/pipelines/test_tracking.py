@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from pipelines.lineage import image_dataset, latent_dataset
 from pipelines.tracking import PROGRESS_KEY, Tracker, TrackingConfig
 from tests.pictures import kl_model
 from tests.pictures import latent_dataset as write_latent_dataset
+from tests.pipelines.mlflow_server import history, wait_until
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 
@@ -33,19 +33,13 @@ class Params(Config):
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store of its own: creating one takes seconds, so the tests of this file share it."""
-    folder = tmp_path_factory.mktemp("mlflow")
-    return TrackingConfig(uri=f"sqlite:///{folder}/mlflow.db", experiment="tests")
+def store(mlflow_folder):
+    return TrackingConfig(uri=f"sqlite:///{mlflow_folder}/mlflow.db", experiment="tests")
 
 
 @pytest.fixture(scope="module")
 def client(store):
     return MlflowClient(store.uri)
-
-
-def history(client, run_id, key):
-    return [(point.step, point.value) for point in client.get_metric_history(run_id, key)]
 
 
 def test_a_run_is_written(store, client, tmp_path):
@@ -76,7 +70,7 @@ def test_a_run_that_goes_on_does_not_say_anything_twice(store, client):
         raise RuntimeError("killed")
     assert client.get_run(first.run_id).info.status == "FAILED"
     with Tracker(store, "train/thing", run_id=first.run_id) as second:
-        assert client.get_run(first.run_id).info.status == "RUNNING"
+        wait_until(lambda: client.get_run(first.run_id).info.status == "RUNNING")
         for step in range(2, 6):
             second.log({"train/loss": 20 + step, PROGRESS_KEY: step}, step * 100)
         second.log({"val/loss": 6.0}, 350)
@@ -122,16 +116,6 @@ def test_a_failed_write_is_reported_and_stops_nobody(store, client, capsys):
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
     assert len(lines) == 1 and f"tracking: 1 writes to {store.uri} failed; the first: " in lines[0]
-
-
-def test_the_caller_never_waits(store, monkeypatch):
-    gate = threading.Event()
-    with Tracker(store, "train/thing") as tracker:
-        monkeypatch.setattr(tracker._client, "log_batch", lambda *_, **__: gate.wait(60))
-        for step in range(1000):
-            tracker.log({"train/loss": 1.0}, step)
-        assert not gate.is_set() and tracker._queue.qsize() > 900
-        gate.set()
 
 
 def inputs(client, run_id):
@@ -217,6 +201,25 @@ def test_a_run_that_goes_on_holds_its_lineage_once(store, client, tmp_path, monk
     assert len(run.inputs.model_inputs) == 1
     experiment = client.get_run(began.run_id).info.experiment_id
     assert len(client.search_logged_models([experiment], f"source_run_id = '{began.run_id}'")) == 2
+
+
+def test_the_best_snapshot_of_a_run_is_tagged_and_uploaded(store, client, tmp_path):
+    """A run that goes on may find a better one: then that is the only one."""
+    first, last = (read_snapshot(write_tiny_snapshot(tmp_path / str(seed), seed=seed)) for seed in (9, 10))
+    with Tracker(store, "train/run") as train:
+        train.model(first)
+        train.best_model(first, "val/loss", 0.5)
+    with Tracker(store, "train/run", run_id=train.run_id) as train:
+        train.best_model(last, "val/loss", 0.25)
+    run = client.get_run(train.run_id)
+    models = {output.step: client.get_logged_model(output.model_id) for output in run.outputs.model_outputs}
+    tags = {model.tags["weights_sha256"]: model.tags for model in client.search_logged_models([run.info.experiment_id])}
+    assert len(run.outputs.model_outputs) == 2 and models
+    assert "best" not in tags[first.weights_sha256]
+    assert (tags[last.weights_sha256]["best"], tags[last.weights_sha256]["val/loss"]) == ("val/loss", "0.25")
+    best = Path(client.download_artifacts(train.run_id, "best", str(tmp_path)))
+    copy = read_snapshot(str(best))
+    assert copy.weights_sha256 == last.weights_sha256 and copy.load_denoiser() and copy.load_autoencoder()
 
 
 def test_disabled_does_nothing(tmp_path):

@@ -1,5 +1,6 @@
 """Training end to end: exact resume after a kill, the same stream on any world size, refusals before any work."""
 
+import json
 import os
 import shutil
 import signal
@@ -164,8 +165,25 @@ def test_the_same_command_goes_on_with_the_same_bits_and_logs_no_point_twice(
     (data,) = run.inputs.dataset_inputs
     assert (data.dataset.digest, data.tags[0].value) == (plan(again).generations[0], "training")
     models = {output.step: client.get_logged_model(output.model_id) for output in run.outputs.model_outputs}
-    assert sorted(models) == [64, 80]  # the last snapshot of each of the two times, at its images seen
+    assert sorted(models) == [16, 32, 48, 64, 80]  # each snapshot once, at its images seen
     assert models[80].params["snapshot"] == report.snapshot
+
+
+@pytest.mark.ray
+def test_what_mlflow_missed_of_a_finished_run_the_same_command_sends(
+    latents: str, uninterrupted: Run, tmp_path: Path
+) -> None:
+    from mlflow import MlflowClient
+
+    output, run_id = tmp_path / "run", uninterrupted.report.run_id
+    shutil.copytree(uninterrupted.output, output)
+    kept = {"uri": uninterrupted.uri, "run_id": run_id, "kind": "Tags", "tags": {"late": "yes"}}
+    (output / "tracking").mkdir()
+    (output / "tracking" / "backlog-1.jsonl").write_text(json.dumps(kept) + "\n")
+    assert train(config(latents, output, tracking=tracked(uninterrupted.uri))).run_id == run_id
+    run = MlflowClient(uninterrupted.uri).get_run(run_id)
+    assert run.data.tags["late"] == "yes" and run.info.status == "FINISHED"
+    assert list((output / "tracking").iterdir()) == []
 
 
 @pytest.mark.ray
