@@ -107,6 +107,12 @@ class UNet(nn.Module):
             assert labels is None, "an unconditional denoiser takes labels=None"
         return cast(Tensor, self.unet(x, t, labels, return_dict=False)[0]).to(x.dtype)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """Residual blocks and attentions, which hold most of the activations."""
+        levels = [*self.unet.down_blocks, self.unet.mid_block, *self.unet.up_blocks]
+        return [block for level in levels for part in ("resnets", "attentions") for block in getattr(level, part, ())]
+
     def _initialize(self) -> None:
         """As LDM's code: zeros wherever a block or the model ends."""
         for name, module in self.unet.named_modules():

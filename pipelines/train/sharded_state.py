@@ -83,10 +83,11 @@ class ShardedState:
 
     def _prime(self, master: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Makes the lazy Adam state of `master` by one step at learning rate 0 on zero gradients: no weight moves."""
+        gradient = master.grad  # where the optimizer is offloaded, a buffer that DeepSpeed holds views of
         master.grad = torch.zeros_like(master)
-        primer = torch.optim.AdamW([master], lr=0.0)
+        primer = torch.optim.AdamW([master], lr=0.0, fused=True)
         primer.step()
-        master.grad = None
+        master.grad = gradient
         state = self._adam[master] = primer.state[master]
         return master.detach().view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
 
