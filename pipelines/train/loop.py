@@ -28,8 +28,11 @@ from pipelines import cluster
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
 from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, prune, read_full, save_checkpoint
+from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema import Ema, EmaProfile
+from pipelines.train.signals import FatalError, Notices
+from pipelines.train.start_times import StartTimes
 
 EMA_PROFILE = "main"
 
@@ -46,13 +49,18 @@ def train_worker(job: dict[str, Any]) -> None:
         str(context.get_world_size()),
     )
     os.environ["DS_ACCELERATOR"] = job["device"]
-    cluster.use_threads(job["threads"])
+    times = StartTimes(job["entered"])
+    node = ray.get_runtime_context().get_node_id()
+    job["board"].enter.remote(context.get_world_rank(), context.get_world_size(), node)
+    zero.import_deepspeed()
+    times.done("imports")
+    cluster.use_threads(cluster.worker_threads(context.get_local_world_size()))
     config = validate(TrainConfig, job["config"])
     board = job["board"] if context.get_world_rank() == 0 else None
     run_id = job["run_id"]
     tracking = config.tracking if board is not None else config.tracking.model_copy(update={"enabled": False})
     with Tracker(tracking, "train", run_id=run_id, ends_run=False) as tracker:
-        result = Worker(config, job["generations"], job["exclusions"], tracker, board).run()
+        result = Worker(config, job["generations"], job["exclusions"], tracker, board, times).run()
     first_step = result.pop("first_step")
     if board is not None:
         ray.get(board.write.remote({"start": first_step, "step": result["step"], "note": "", "result": result}))
@@ -91,14 +99,23 @@ class Worker:
     """One rank of a training run."""
 
     def __init__(
-        self, config: TrainConfig, generations: list[str], exclusions: dict[int, str], tracker: Tracker, board: Any
+        self,
+        config: TrainConfig,
+        generations: list[str],
+        exclusions: dict[int, str],
+        tracker: Tracker,
+        board: Any,
+        times: StartTimes,
     ) -> None:
-        self.config, self.tracker, self.board = config, tracker, board
+        self.config, self.tracker, self.board, self.times = config, tracker, board, times
+        self.notices = Notices(board)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.share = config.global_batch_size // self.world
         self.micro_batch = self.share if config.micro_batch_size == "auto" else int(config.micro_batch_size)
         self.dataset = open_latents(config, generations, exclusions)
+        times.done("latents")
         self.engine = self._build_engine()
+        times.done("engine")
         self.device = self.engine.device
         self.diffusion = Diffusion(config.diffusion, self.device)
         self.ema = Ema(self.engine.state, [EmaProfile(EMA_PROFILE, config.ema.decay)])
@@ -106,7 +123,11 @@ class Worker:
         self.checkpoint: str | None = zero.all_gather(newest_checkpoint(config.output))[0]
         progress = {}
         if self.checkpoint:
-            progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather)
+            try:
+                progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather)
+            except CheckpointError as error:
+                raise FatalError(str(error)) from error
+        times.done("checkpoint")
         self.first_step = self.step = int(progress.get("step", 0))
         self.loss: float | None = progress.get("loss")
         self.snapshot = ""
@@ -132,11 +153,15 @@ class Worker:
                 self._train_step(batch)
                 self.step += 1
                 last = self.step == self.config.max_steps
+                save, stop = self._agreed(*self.notices.asked())
                 if self.step % self.config.log_every == 0 or last:
                     self._log()
-                if self.step % self.config.checkpoint_every == 0 or last:
+                if self.step % self.config.checkpoint_every == 0 or last or save:
                     self._save()
+                    self.notices.saved()
                 self._show()
+                if stop:
+                    break
         images = (self.step - self.first_step) * self.config.global_batch_size
         return {
             "snapshot": self.snapshot,
@@ -147,6 +172,12 @@ class Worker:
             "loss": self.loss,
             "images_per_second": round(images / (time.monotonic() - started), 2),
         }
+
+    def _agreed(self, *asked: bool) -> list[bool]:
+        """What any rank was asked."""
+        flags = torch.tensor(asked, dtype=torch.int32, device=self.device)
+        dist.all_reduce(flags)
+        return [bool(flag) for flag in flags.tolist()]
 
     def _build_engine(self) -> zero.Engine:
         config, dataset = self.config, self.dataset
@@ -258,6 +289,9 @@ class Worker:
 
     def _show(self) -> None:
         if self.board is not None:
+            if self.step > self.first_step and "step" not in self.times.seconds:
+                self.times.done("step")
+                self.board.started.remote(self.times.seconds)
             note = "" if self.loss is None else f"loss {self.loss:.4f}"
             self.board.write.remote({"start": self.first_step, "step": self.step, "note": note})
 
