@@ -34,7 +34,7 @@ STAGES = {
 }
 SUBMIT = "a stage as a job on a Ray cluster: ldm submit STAGE [--address URL] [--no-wait] …"
 CONFIGS = Path(__file__).parent / "configs"
-DONE, FAILED, WRONG_REQUEST, INTERRUPTED = 0, 1, 2, 130
+DONE, FAILED, WRONG_REQUEST, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,9 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_REQUEST
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted: what was committed stays usable, and the same command goes on", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if error.args == (signal.SIGTERM,) else INTERRUPTED
     except Exception as error:
         if not isinstance(error, RuntimeError | OSError | DamagedError) or os.environ.get("LDM_TRACEBACK"):
             traceback.print_exc()
@@ -184,7 +184,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(number)
 
 
 def _overview() -> str:

@@ -18,10 +18,12 @@ def dry_run(config: Config) -> str:
     assert isinstance(config, StageConfig)
     todo = plan(config)
     epochs = config.max_steps * config.global_batch_size / todo.dataset.num_samples
+    least, most = config.workers_range
+    workers = f"{most} workers" if least == most else f"{least} to {most} workers"
     return (
         f"train {todo.parameters / 1e6:.1f} M parameters on {describe_samples(todo.dataset)} "
         f"(generation {'+'.join(todo.generations)}) to step {config.max_steps:,} ({epochs:.1f} epochs), "
-        f"{config.num_workers} workers, ZeRO-{config.zero_stage}, {config.precision}, "
+        f"{workers}, ZeRO-{config.zero_stage}, {config.precision}, "
         f"from {todo.checkpoint or config.init_from or 'fresh weights'}, "
         f"writes up to {storage.readable(todo.output_bytes)}" + "".join(f"\ninit_from: {note}" for note in todo.notes)
     )

@@ -8,7 +8,7 @@ import platform
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -82,17 +82,59 @@ def resources_per_worker(num_workers: int, device: str) -> tuple[dict[str, float
     return {"CPU": share}, threads
 
 
+def place_workers(
+    worlds: Sequence[int], device: str, nodes: Sequence[Mapping[str, float]]
+) -> tuple[int, dict[str, float]] | None:
+    """(the largest of `worlds` that nodes with these resources hold, Ray resources of one of its workers).
+
+    A worker has a whole GPU, or an equal share of the CPU cores: a whole one at least, but where not even the smallest
+    world has that (tests, trials). None where there is no room.
+    """
+    cpus = [int(node.get("CPU", 0)) for node in nodes]  # a head without work has none
+    if not any(cpus):
+        return None
+    on_gpu = device == "cuda"
+    room = sum(int(node.get("GPU", 0)) for node in nodes) if on_gpu else sum(cpus)
+    world = max((world for world in worlds if world <= room), default=None if on_gpu else min(worlds))
+    if world is None:
+        return None
+    share = cpu_share(cpus, world)
+    return world, {"CPU": min(1.0, share), "GPU": 1.0} if on_gpu else {"CPU": share}
+
+
+def live_nodes() -> dict[str, dict[str, float]]:
+    """The resources of each node by its id; without those that are about to be taken away."""
+    import ray
+
+    leaving = draining_nodes()
+    alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    return {node["NodeID"]: node["Resources"] for node in alive}
+
+
+def free_resources() -> dict[str, dict[str, float]]:
+    """What of each live node nobody uses now; it may be a second old."""
+    from ray._private.state import available_resources_per_node
+
+    free = available_resources_per_node()
+    return {node: free.get(node, {}) for node in live_nodes()}
+
+
+def draining_nodes() -> dict[str, int]:
+    """The ids of the nodes that are about to be taken away, with the time of it, ms since 1970; 0: not known."""
+    from ray._private.state import state
+
+    return dict(state.get_draining_nodes())
+
+
 def pairs_of_cores() -> int:
     """Workers of two CPU cores each that the cluster has room for; at least one."""
     return max(1, places({"CPU": 2.0}))
 
 
-def places(resources: dict[str, float]) -> int:
-    """How many workers with these resources the nodes that are there now have room for, were they empty."""
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = [min(node.get(name, 0.0) / amount for name, amount in resources.items()) for node in nodes]
+def places(resources: Mapping[str, float], nodes: Iterable[Mapping[str, float]] | None = None) -> int:
+    """How many workers with these resources the nodes have room for: those that are there now, were they empty."""
+    rooms = live_nodes().values() if nodes is None else nodes
+    room = [min(node.get(name, 0.0) / amount for name, amount in resources.items()) for node in rooms]
     return sum(int(share + 1e-9) for share in room)
 
 
@@ -107,6 +149,15 @@ def cpu_share(nodes: list[int], num_workers: int) -> float:
     used = [cpus for cpus in nodes if cpus]
     workers_on_each = -(-num_workers // len(used))
     return math.floor(min(used) / workers_on_each * 1e4) / 1e4  # Ray counts in steps of 1/10,000
+
+
+def worker_threads(on_this_node: int) -> int:
+    """torch's threads of one of so many workers on a node: its share of the CPUs that it was given or may use."""
+    import ray
+
+    given = ray.get_runtime_context().get_assigned_resources()
+    cores = len(os.sched_getaffinity(0)) // on_this_node if "GPU" in given else given.get("CPU", 1.0)
+    return max(1, int(cores))
 
 
 def use_threads(threads: int) -> None:
@@ -149,24 +200,41 @@ def _workers_speak() -> bool:
 
 
 @contextlib.contextmanager
-def _interrupts_wait() -> Iterator[None]:
-    """Ctrl-C and SIGTERM take effect at the end of the block."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+def interrupts_noted() -> Iterator[list[int]]:
+    """The first Ctrl-C or SIGTERM within the block is put into the list; the next one takes effect at once."""
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt(number)
         caught.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    with _handled_by(note):
+        yield caught
+
+
+@contextlib.contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect at the end of the block."""
+    caught: list[int] = []
+    with _handled_by(lambda number, frame: caught.append(number)):
+        yield
+    if caught and sys.exc_info()[0] is None:
+        raise KeyboardInterrupt(caught[0])
+
+
+@contextlib.contextmanager
+def _handled_by(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Ctrl-C and SIGTERM call `handler` within the block; only the main thread is ever told of them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-        if caught and sys.exc_info()[0] is None:
-            raise KeyboardInterrupt
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _end(processes: list[psutil.Process]) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from ldm.config import Config, Location, RequestError
 from ldm.denoiser import DenoiserConfig
@@ -71,7 +71,9 @@ class TrainConfig(Config):
     gradient_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     holdout: float = Field(0.0, ge=0, lt=1, description="share of the samples, by a hash of the id, never trained on")
     seed: int = Field(0, ge=0, le=2**53 - 1, description="of order, noise, timesteps, dropped labels and fresh weights")
-    num_workers: int = Field(1, gt=0, description="Ray Train workers: one GPU each, or a share of the CPU cores")
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = Field(
+        1, description="Ray Train workers, a GPU or a share of the CPU cores each; [least, most]: as many as have room"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="what DeepSpeed shards: 1 optimizer, 2 gradients, 3 weights")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 master weights")
     activation_checkpointing: bool = Field(
@@ -108,6 +110,18 @@ class TrainConfig(Config):
     @property
     def latents_urls(self) -> list[str]:
         return [self.latents] if isinstance(self.latents, str) else list(self.latents)
+
+    @property
+    def workers_range(self) -> tuple[int, int]:
+        """(least, most) workers."""
+        return (self.num_workers, self.num_workers) if isinstance(self.num_workers, int) else self.num_workers
+
+    @field_validator("num_workers")
+    @classmethod
+    def _range(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(value, tuple) and value[0] > value[1]:
+            raise ValueError(f"should be [least, most]; give [{value[1]}, {value[0]}]")
+        return value
 
     @field_validator("zero_stage", mode="before")
     @classmethod

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ldm import storage
+from pipelines.train.signals import FatalError
 from pipelines.train.zero import all_gather
 
 _HORIZON = 100
@@ -21,10 +22,6 @@ _HORIZON = 100
 _SPIKE = 8.0
 """Mean absolute deviations above the usual loss: about 6 standard deviations of a Gaussian."""
 _NAMED = 16  # samples of a spike
-
-
-class FatalError(RuntimeError):
-    """Raised on all ranks alike: the run cannot go on, and starting its workers again would not help."""
 
 
 @dataclass

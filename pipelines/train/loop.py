@@ -5,9 +5,8 @@ are functions of (seed, epoch, sample id).
 """
 
 import contextlib
-import os
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,82 +14,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm import storage
-from ldm.config import validate
-from ldm.denoiser import build_denoiser
 from ldm.latents.batch import LatentBatch
-from ldm.latents.cache import Cache
-from ldm.latents.choice import Split
-from ldm.latents.dataset import LatentDataset
 from ldm.snapshot import read_snapshot, write_snapshot
-from ldm.transfer import initial_weights
-from pipelines import cluster
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
+from pipelines.train.build import build_engine, ema_profiles, open_latents
 from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, prune, read_full, save_checkpoint
 from pipelines.train.config import TrainConfig
-from pipelines.train.ema import Ema, EmaProfile
+from pipelines.train.ema import Ema
 from pipelines.train.guard import Guard, Samples, Usual, poisoned
 from pipelines.train.meter import Meter
 from pipelines.train.objective import Objective
 from pipelines.train.schedule import learning_rate
+from pipelines.train.signals import Notices
+from pipelines.train.start_times import StartTimes
 from pipelines.train.validation import Validation
 
 SNAPSHOT_PROFILE = "main"
-
-
-def ema_profiles(config: TrainConfig) -> list[EmaProfile]:
-    short = config.ema.short_decay
-    return [EmaProfile("main", config.ema.decay)] + ([EmaProfile("short", short)] if short is not None else [])
-
-
-def train_worker(job: dict[str, Any]) -> None:
-    """The function that Ray Train runs on each worker."""
-    import ray.train
-
-    context = ray.train.get_context()
-    # DeepSpeed guesses the local rank by host name, wrongly: it is told.
-    os.environ["LOCAL_RANK"] = str(context.get_local_rank())
-    os.environ["RANK"], os.environ["WORLD_SIZE"] = (
-        str(context.get_world_rank()),
-        str(context.get_world_size()),
-    )
-    os.environ["DS_ACCELERATOR"] = job["device"]
-    cluster.use_threads(job["threads"])
-    config = validate(TrainConfig, job["config"])
-    board = job["board"] if context.get_world_rank() == 0 else None
-    run_id = job["run_id"]
-    tracking = config.tracking if board is not None else config.tracking.model_copy(update={"enabled": False})
-    name, folder = f"train/{storage.name(config.output)}", tracking_url(config.output)
-    with Tracker(tracking, name, run_id=run_id, ends_run=False, folder=folder) as tracker:
-        result = Worker(config, job["generations"], job["exclusions"], tracker, board).run()
-    first_step = result.pop("first_step")
-    if board is not None:
-        ray.get(board.write.remote({"start": first_step, "step": result["step"], "note": "", "result": result}))
-
-
-def open_latents(
-    config: TrainConfig,
-    generations: Sequence[str] | None,
-    exclusions: Mapping[int, str | Collection[int]],
-    split: Split = "train",
-) -> LatentDataset:
-    """The samples that a run trains on, or is validated on.
-
-    exclusions: ids, or URLs of lists, by the number of batches read before they are left out.
-    """
-    return LatentDataset(
-        config.latents_urls,
-        global_batch_size=config.global_batch_size,
-        seed=config.seed,
-        weights=config.weights,
-        where=config.where,
-        exclude=exclusions,
-        holdout=config.holdout,
-        split=split,
-        shuffle=config.shuffle,
-        generation=generations,
-        cache=Cache(None if config.cache_gb is None else int(config.cache_gb * 1e9)),
-    )
 
 
 class Worker:
@@ -100,14 +40,23 @@ class Worker:
     """
 
     def __init__(
-        self, config: TrainConfig, generations: list[str], exclusions: dict[int, str], tracker: Tracker, board: Any
+        self,
+        config: TrainConfig,
+        generations: list[str],
+        exclusions: dict[int, str],
+        tracker: Tracker,
+        board: Any,
+        times: StartTimes,
     ) -> None:
-        self.config, self.tracker, self.board = config, tracker, board
+        self.config, self.tracker, self.board, self.times = config, tracker, board, times
+        self.notices = Notices(board)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.share = config.global_batch_size // self.world
         self.micro_batch = self.share if config.micro_batch_size == "auto" else int(config.micro_batch_size)
         self.dataset = open_latents(config, generations, exclusions)
-        self.engine = self._build_engine()
+        times.done("latents")
+        self.engine = build_engine(config, self.dataset, self.micro_batch, self.world)
+        times.done("engine")
         self.device = self.engine.device
         self.objective = Objective(config, self.dataset, self.device)
         self.ema = Ema(self.engine.state, ema_profiles(config))
@@ -120,6 +69,7 @@ class Worker:
         self.loss: float | None = None
         if self.checkpoint:
             self._load(self.checkpoint)
+        times.done("checkpoint")
         self.first_step = self.step
         self.snapshot = ""
 
@@ -138,9 +88,11 @@ class Worker:
         batches = self.dataset.batches(self.batches_read, rank=self.rank, world=self.world, workers=1, pin=on_gpu)
         with contextlib.closing(batches):
             while self.step < self.config.max_steps:
-                if self._train_step(self._next(batches)):
-                    self._after_step()
+                applied, save, stop = self._train_step(self._next(batches))
+                self._after_step(applied, save)
                 self._show()
+                if stop:
+                    break
         images = (self.step - self.first_step) * self.config.global_batch_size
         return {
             "snapshot": self.snapshot,
@@ -158,8 +110,11 @@ class Worker:
         self.meter.clock.waited += time.monotonic() - asked
         return batch
 
-    def _train_step(self, batch: LatentBatch) -> bool:
-        """One optimizer step: the rank's share in micro-batches. Returns whether it was applied, on all ranks alike."""
+    def _train_step(self, batch: LatentBatch) -> tuple[bool, bool, bool]:
+        """One optimizer step: the rank's share in micro-batches.
+
+        Returns (it was applied, a checkpoint is wanted, the run is to stop after it), on all ranks alike.
+        """
         rate = learning_rate(self.config, self.images_seen + self.config.global_batch_size)
         outcome, samples = None, list[Samples]()
         for first in range(0, self.share, self.micro_batch):
@@ -169,56 +124,38 @@ class Worker:
             outcome = self.engine.step(rate)
             samples.append((part.ids, losses.detach()))
         assert outcome is not None
-        loss = self._mean([losses for _, losses in samples])
+        loss, save, stop = self._agree(torch.cat([losses for _, losses in samples]))
         self.batches_read += 1
         self.meter.add(outcome.applied, loss, outcome.grad_norm)
         where = {"batch": self.batches_read - 1, "step": self.step, "gradient_norm": outcome.grad_norm}
-        if not outcome.applied:
+        if outcome.applied:
+            self.ema.update()
+            self.step += 1
+            self.guard.applied(loss, samples, where)
+        else:
             self.guard.skipped(samples, where, self.checkpoint)
-            return False
-        self.ema.update()
-        self.step += 1
-        self.guard.applied(loss, samples, where)
-        return True
+        return outcome.applied, save, stop
 
-    def _mean(self, losses: Sequence[Tensor]) -> float:
-        """Of all ranks' samples."""
-        mean = torch.cat(list(losses)).double().mean()
-        dist.all_reduce(mean)
-        return float(mean) / self.world
+    def _agree(self, losses: Tensor) -> tuple[float, bool, bool]:
+        """(the mean loss of all ranks, and whether any was asked to save, to stop) in one collective."""
+        asked = torch.tensor(self.notices.asked(), dtype=torch.float64, device=self.device)
+        sums = torch.cat([losses.double().mean()[None], asked])
+        dist.all_reduce(sums)
+        loss, save, stop = sums.tolist()
+        return loss / self.world, save > 0, stop > 0
 
-    def _after_step(self) -> None:
+    def _after_step(self, applied: bool, asked: bool) -> None:
         """What is due at this step: a point of the log, a validation, a checkpoint."""
         config, last = self.config, self.step == self.config.max_steps
-        saves = self.step % config.checkpoint_every == 0 or last
-        if self.step % config.log_every == 0 or last:
+        saves = applied and (self.step % config.checkpoint_every == 0 or last)
+        if applied and (self.step % config.log_every == 0 or last):
             self._log()
-        if saves if config.validation.every is None else self.step % config.validation.every == 0 or last:
+        every = config.validation.every
+        if saves if every is None else applied and (self.step % every == 0 or last):
             self._validate()
-        if saves:
+        if saves or asked:
             self._save()
-
-    def _build_engine(self) -> zero.Engine:
-        config, dataset = self.config, self.dataset
-        denoiser = build_denoiser(
-            config.denoiser,
-            in_channels=dataset.latent_shape[0],
-            sample_size=dataset.latent_shape[1:],
-            num_classes=dataset.num_classes or None,
-            seed=config.seed,
-        )
-        if config.init_from and newest_checkpoint(config.output) is None:
-            snapshot = read_snapshot(config.init_from, "init_from")
-            denoiser.load_state_dict(initial_weights(snapshot, config.denoiser, denoiser))
-        settings = zero.deepspeed_config(
-            stage=config.zero_stage,
-            precision=config.precision,
-            global_batch_size=config.global_batch_size,
-            micro_batch_size=self.micro_batch,
-            world=self.world,
-            gradient_clipping=config.gradient_clip,
-        )
-        return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
+            self.notices.saved()
 
     def _build_meter(self) -> Meter:
         return Meter(self.config.global_batch_size, self.world, 1.0, 1.0)
@@ -291,6 +228,9 @@ class Worker:
 
     def _show(self) -> None:
         if self.board is not None:
+            if self.step > self.first_step and "step" not in self.times.seconds:
+                self.times.done("step")
+                self.board.started.remote(self.times.seconds)
             note = "" if self.loss is None else f"loss {self.loss:.4f}"
             self.board.write.remote({"start": self.first_step, "step": self.step, "note": note})
 

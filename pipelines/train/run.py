@@ -1,10 +1,6 @@
-"""The driver's side of training: checks the request, claims the output, asks Ray Train for workers, shows progress."""
+"""The driver's side of training: checks the request, claims the output, has the workers train, reports."""
 
-import contextlib
-import tempfile
-import uuid
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -17,12 +13,13 @@ from ldm.snapshot import read_snapshot
 from ldm.transfer import check_fit
 from pipelines import cluster, lineage
 from pipelines.outbox import kept_files
-from pipelines.progress import Progress, say
+from pipelines.progress import say
 from pipelines.tracking import Tracker
+from pipelines.train.build import open_latents
 from pipelines.train.checkpoint import newest_checkpoint
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig, check_unused, trajectory
-from pipelines.train.loop import open_latents, snapshot_url, tracking_url, train_worker
+from pipelines.train.loop import snapshot_url, tracking_url
 from pipelines.train.record import (
     RunRecord,
     exclusions_asked,
@@ -32,6 +29,7 @@ from pipelines.train.record import (
 )
 from pipelines.train.schedule import check_schedule
 from pipelines.train.space import check_space
+from pipelines.train.workers import possible_worlds, run_workers
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     batches_read = read_marker(checkpoint)["progress"]["batches_read"] if checkpoint and record else 0
     exclusions = exclusions_asked(config, record, batches_read)
     dataset = open_latents(config, record.generations if record else None, exclusions)
-    _check_batch(config)
+    possible_worlds(config)
     check_schedule(config)
     if record is None:
         check_unused(config.diffusion)
@@ -103,7 +101,8 @@ def plan(config: TrainConfig) -> TrainPlan:
 def train(config: TrainConfig) -> TrainReport:
     """Trains to `max_steps`, from the newest checkpoint in `output` where there is one.
 
-    Raises RequestError; RuntimeError where the workers failed more than `max_failures` times.
+    Raises RequestError; RuntimeError where the workers failed more than `max_failures` times; KeyboardInterrupt
+    where Ctrl-C or SIGTERM asked for the end, after a checkpoint.
     """
     if config.init_from:  # part of what a run began with: the same from any folder
         config = config.model_copy(update={"init_from": storage.absolute(config.init_from)})
@@ -135,7 +134,11 @@ def train(config: TrainConfig) -> TrainReport:
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {describe_samples(todo.dataset)}")
         for note in todo.notes:
             say(f"train: init_from: {note}")
-        result = _run_workers(config, record, tracker.run_id)
+
+        def started(step: int, seconds: float) -> None:
+            tracker.log({"perf/start_seconds": seconds}, step * config.global_batch_size)
+
+        result = run_workers(config, record, tracker.run_id, started)
     return TrainReport(**result, run_id=tracker.run_id)
 
 
@@ -180,130 +183,3 @@ def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
         run_id=todo.record.run_id,
         **{key: progress[key] for key in ("step", "images_seen", "loss")},
     )
-
-
-def _check_batch(config: TrainConfig) -> None:
-    if config.global_batch_size % config.num_workers:
-        raise RequestError(
-            f"global_batch_size={config.global_batch_size}: num_workers={config.num_workers} does not divide it; "
-            f"give {-(-config.global_batch_size // config.num_workers) * config.num_workers}"
-        )
-    share = config.global_batch_size // config.num_workers
-    if config.micro_batch_size != "auto" and share % config.micro_batch_size:
-        raise RequestError(
-            f"micro_batch_size={config.micro_batch_size}: does not divide a worker's share of {share} "
-            "(global_batch_size / num_workers)"
-        )
-
-
-def _run_workers(config: TrainConfig, record: RunRecord, run_id: str | None) -> dict[str, Any]:
-    """Runs Ray Train in a task of its own, and shows what rank 0 reports meanwhile.
-
-    In this process its Ctrl-C handler would end it with 0, and in a thread it would outlive the Ray session.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    device = cluster.resolve_device(config.device)
-    resources, threads = cluster.resources_per_worker(config.num_workers, device)
-    board = ray.remote(Board).options(num_cpus=0).remote()
-    job = {
-        "config": config.model_dump(mode="json"),
-        "generations": record.generations,
-        "exclusions": {at: storage.absolute(storage.join(config.output, url)) for at, url in record.exclusions.items()},
-        "run_id": run_id,
-        "device": device,
-        "threads": threads,
-        "dashboard": cluster.has_dashboard(),
-        "board": board,
-    }
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    scratch, filesystem = _ray_storage(config.output)
-    try:
-        fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
-        running = fit.remote(job, config.max_failures, config.num_workers, resources, scratch, filesystem)
-        _watch(running, board, config.max_steps)
-        ray.get(running)
-    except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise RuntimeError(f"training failed: {lines[-1]}") from error
-    finally:
-        storage.remove(scratch if filesystem is None else storage.join(config.output, ".ray"))
-    status: dict[str, Any] = ray.get(board.read.remote())
-    return dict(status["result"])
-
-
-def _fit(
-    job: dict[str, Any], max_failures: int, num_workers: int, resources: dict[str, float], scratch: str, filesystem: Any
-) -> None:
-    """The Ray task in which Ray Train runs: it starts the workers, and starts them again where one is lost."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    class Trainer(TorchTrainer):
-        """Without the helpers that can do nothing here, each a process that costs seconds.
-
-        One hands out Ray datasets. The other asks the dashboard whether the controller lives, to free its workers'
-        resources if not; where there is no dashboard it waits for its answer, and each run ends 12 s late.
-        """
-
-        def _create_default_callbacks(self) -> list[Any]:
-            idle = ["DatasetsCallback"] + ["PlacementGroupCleanerCallback"] * (not job["dashboard"])
-            return [made for made in super()._create_default_callbacks() if type(made).__name__ not in idle]
-
-    on_gpu = job["device"] == "cuda"
-    Trainer(
-        train_worker,
-        train_loop_config=job,
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=on_gpu, resources_per_worker=resources),
-        run_config=RunConfig(
-            name=f"train-{uuid.uuid4().hex[:8]}",
-            storage_path=scratch,
-            storage_filesystem=filesystem,
-            failure_config=FailureConfig(max_failures=max_failures),
-        ),
-    ).fit()
-
-
-class Board:
-    """A Ray actor that holds what rank 0 last said; the driver reads it to show progress."""
-
-    def __init__(self) -> None:
-        self.status: dict[str, Any] = {}
-
-    def write(self, status: dict[str, Any]) -> None:
-        self.status = status
-
-    def read(self) -> dict[str, Any]:
-        return self.status
-
-
-def _watch(running: Any, board: Any, max_steps: int) -> None:
-    """Shows the progress until the task `running` has ended."""
-    import ray
-
-    with contextlib.ExitStack() as stack:
-        progress, start = None, 0
-        while not ray.wait([running], timeout=0.25)[0]:
-            status = ray.get(board.read.remote())
-            if not status:
-                continue
-            if progress is None or status["start"] != start:
-                if progress is not None:
-                    say(f"train: a worker was lost; goes on from step {status['start']}")
-                start = status["start"]
-                progress = stack.enter_context(Progress("train", max_steps, "steps", initial=start))
-            progress.advance_to(status["step"], status["note"])
-
-
-def _ray_storage(output: str) -> tuple[str, Any]:
-    """Where Ray Train keeps its own notes (metrics only, never weights)."""
-    if storage.is_local(output):
-        folder = storage.local_path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(prefix=".ray-", dir=folder), None
-    from pyarrow.fs import FSSpecHandler, PyFileSystem
-
-    fs, path = storage.open_fs(storage.join(output, ".ray"))
-    return path, PyFileSystem(FSSpecHandler(fs))

@@ -1,0 +1,67 @@
+"""What a worker trains with, as the configuration says: the latents, the engine, the averages."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+from ldm.denoiser import build_denoiser
+from ldm.latents.cache import Cache
+from ldm.latents.choice import Split
+from ldm.latents.dataset import LatentDataset
+from ldm.snapshot import read_snapshot
+from ldm.transfer import initial_weights
+from pipelines.train import zero
+from pipelines.train.checkpoint import newest_checkpoint
+from pipelines.train.config import TrainConfig
+from pipelines.train.ema import EmaProfile
+
+
+def open_latents(
+    config: TrainConfig,
+    generations: Sequence[str] | None,
+    exclusions: Mapping[int, str | Collection[int]],
+    split: Split = "train",
+) -> LatentDataset:
+    """The samples that a run trains on, or is validated on.
+
+    exclusions: ids, or URLs of lists, by the number of batches read before they are left out.
+    """
+    return LatentDataset(
+        config.latents_urls,
+        global_batch_size=config.global_batch_size,
+        seed=config.seed,
+        weights=config.weights,
+        where=config.where,
+        exclude=exclusions,
+        holdout=config.holdout,
+        split=split,
+        shuffle=config.shuffle,
+        generation=generations,
+        cache=Cache(None if config.cache_gb is None else int(config.cache_gb * 1e9)),
+    )
+
+
+def build_engine(config: TrainConfig, dataset: LatentDataset, micro_batch: int, world: int) -> zero.Engine:
+    """The denoiser, with fresh weights or those of `init_from`, in an engine. Collective."""
+    denoiser = build_denoiser(
+        config.denoiser,
+        in_channels=dataset.latent_shape[0],
+        sample_size=dataset.latent_shape[1:],
+        num_classes=dataset.num_classes or None,
+        seed=config.seed,
+    )
+    if config.init_from and newest_checkpoint(config.output) is None:
+        snapshot = read_snapshot(config.init_from, "init_from")
+        denoiser.load_state_dict(initial_weights(snapshot, config.denoiser, denoiser))
+    settings = zero.deepspeed_config(
+        stage=config.zero_stage,
+        precision=config.precision,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=micro_batch,
+        world=world,
+        gradient_clipping=config.gradient_clip,
+    )
+    return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
+
+
+def ema_profiles(config: TrainConfig) -> list[EmaProfile]:
+    short = config.ema.short_decay
+    return [EmaProfile("main", config.ema.decay)] + ([EmaProfile("short", short)] if short is not None else [])
