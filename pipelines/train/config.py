@@ -54,10 +54,16 @@ class TrainConfig(Config):
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast over fp32 master weights")
     checkpoint_every: int = Field(5_000, gt=0, description="optimizer steps between checkpoints")
     keep_last: int = Field(3, gt=0, description="checkpoints kept; snapshots are all kept")
+    keep_every: int | None = Field(
+        None, gt=0, description="optimizer steps; checkpoints at its multiples are kept for good"
+    )
     log_every: int = Field(50, gt=0, description="optimizer steps between points in MLflow")
     max_failures: int = Field(3, ge=0, description="times that Ray restarts the workers from the newest checkpoint")
     resume: Literal["auto", "required", "never"] = Field(
         "auto", description="go on from the newest checkpoint in output: when there is one, always, or refuse"
+    )
+    resume_from: int | None = Field(
+        None, gt=0, description="optimizer step of the checkpoint to go on from; the newest unless given"
     )
     init_from: Location | None = Field(None, description="snapshot whose weights a fresh run begins with")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the workers run")
@@ -90,9 +96,11 @@ OPERATIONAL = frozenset(
         "zero_stage",
         "checkpoint_every",
         "keep_last",
+        "keep_every",
         "log_every",
         "max_failures",
         "resume",
+        "resume_from",
         "device",
         "tracking",
     ]

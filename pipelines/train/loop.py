@@ -27,9 +27,11 @@ from ldm.transfer import initial_weights
 from pipelines import cluster
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
-from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, prune, read_full, save_checkpoint
+from pipelines.train.checkpoint import newest_checkpoint, read_full
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema import Ema, EmaProfile
+from pipelines.train.resume import resume
+from pipelines.train.saver import Saver
 
 EMA_PROFILE = "main"
 
@@ -102,14 +104,22 @@ class Worker:
         self.device = self.engine.device
         self.diffusion = Diffusion(config.diffusion, self.device)
         self.ema = Ema(self.engine.state, [EmaProfile(EMA_PROFILE, config.ema.decay)])
-        # One rank decides for all: they might not see the same newest one.
-        self.checkpoint: str | None = zero.all_gather(newest_checkpoint(config.output))[0]
-        progress = {}
-        if self.checkpoint:
-            progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather)
+        self.checkpoint, progress = resume(config.output, self.engine.state, self.ema, zero.all_gather)
+        self.saver = Saver(
+            config.output,
+            self.engine.state,
+            self.ema,
+            after_commit=self._write_snapshot,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            checkpoint=self.checkpoint,
+        )
         self.first_step = self.step = int(progress.get("step", 0))
         self.loss: float | None = progress.get("loss")
-        self.snapshot = ""
+
+    @property
+    def snapshot(self) -> str:
+        return snapshot_url(self.config.output, self.step)
 
     @property
     def images_seen(self) -> int:
@@ -117,8 +127,8 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         """Trains from `first_step` to `max_steps`; returns the report's values."""
-        if self.checkpoint:
-            self._write_snapshot()  # which a kill after the checkpoint may have prevented
+        if self.checkpoint and self.rank == 0 and not storage.exists(storage.join(self.snapshot, "snapshot.json")):
+            self._write_snapshot(self.checkpoint, self._progress())  # a kill after the checkpoint has prevented it
         started = time.monotonic()
         self._window = self._new_window()
         self._show()
@@ -135,12 +145,13 @@ class Worker:
                 if self.step % self.config.log_every == 0 or last:
                     self._log()
                 if self.step % self.config.checkpoint_every == 0 or last:
-                    self._save()
+                    self.saver.save(self._progress())
                 self._show()
+        self.saver.close()
         images = (self.step - self.first_step) * self.config.global_batch_size
         return {
             "snapshot": self.snapshot,
-            "checkpoint": self.checkpoint,
+            "checkpoint": self.saver.checkpoint,
             "first_step": self.first_step,
             "step": self.step,
             "images_seen": self.images_seen,
@@ -219,6 +230,7 @@ class Worker:
         self.tracker.log(
             {
                 **losses,
+                **self.saver.metrics,
                 "train/learning_rate": self._learning_rate(),
                 "train/skipped_steps": window.skipped,
                 "perf/images_per_second": steps * self.config.global_batch_size / seconds,
@@ -228,31 +240,25 @@ class Worker:
             self.images_seen,
         )
 
-    def _save(self) -> None:
-        """Checkpoint on all ranks, then rank 0 writes the snapshot from its files."""
-        progress = {"step": self.step, "images_seen": self.images_seen, "loss": self.loss}
-        self.checkpoint = save_checkpoint(self.config.output, self.engine.state, self.ema, progress, zero.all_gather)
-        self._write_snapshot()
-        if self.rank == 0:
-            prune(self.config.output, self.config.keep_last)
+    def _progress(self) -> dict[str, Any]:
+        return {"step": self.step, "images_seen": self.images_seen, "loss": self.loss}
 
-    def _write_snapshot(self) -> None:
-        assert self.checkpoint is not None
-        self.snapshot = snapshot_url(self.config.output, self.step)
-        if self.rank != 0 or storage.exists(storage.join(self.snapshot, "snapshot.json")):
-            return
+    def _write_snapshot(self, checkpoint: str, progress: dict[str, Any]) -> None:
+        """Of a committed checkpoint; on rank 0, beside the training."""
+        url = snapshot_url(self.config.output, progress["step"])
+        storage.remove(storage.join(url, "snapshot.json"))  # of a run that went back from here
         manifest = self.dataset.manifest
         write_snapshot(
-            self.snapshot,
-            read_full(self.checkpoint, f"ema.{EMA_PROFILE}") | read_full(self.checkpoint, "buffer"),
+            url,
+            read_full(checkpoint, f"ema.{EMA_PROFILE}") | read_full(checkpoint, "buffer"),
             denoiser_config=self.config.denoiser,
             diffusion_config=self.config.diffusion,
             statistics=self.dataset.statistics,
             conditioning=manifest.conditioning,
             latent_shape=self.dataset.latent_shape,
             fingerprint=manifest.fingerprint,
-            step=self.step,
-            images_seen=self.images_seen,
+            step=progress["step"],
+            images_seen=progress["images_seen"],
             autoencoder_url=storage.join(manifest.url, "autoencoder"),
         )
 

@@ -18,8 +18,7 @@ from ldm.transfer import check_fit
 from pipelines import cluster, lineage
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker
-from pipelines.train.checkpoint import newest_checkpoint
-from pipelines.train.checkpoint_files import read_marker
+from pipelines.train.checkpoint import read_progress
 from pipelines.train.config import TrainConfig, check_unused, trajectory
 from pipelines.train.loop import open_latents, snapshot_url, train_worker
 from pipelines.train.record import (
@@ -29,6 +28,7 @@ from pipelines.train.record import (
     write_exclusions,
     write_record,
 )
+from pipelines.train.resume import ask_to_go_back, choose_checkpoint
 from pipelines.train.space import check_space
 
 
@@ -69,9 +69,9 @@ class TrainPlan:
 def plan(config: TrainConfig) -> TrainPlan:
     """Checks the whole request without starting a worker. Raises RequestError."""
     storage.check_writable("output", config.output)
-    checkpoint = newest_checkpoint(config.output)
+    checkpoint = choose_checkpoint(config.output, config.resume_from)
     record = read_record(config, checkpoint)
-    step = read_marker(checkpoint)["progress"]["step"] if checkpoint and record else 0
+    step = read_progress(checkpoint)["step"] if checkpoint and record else 0
     exclusions = exclusions_asked(config, record, step)
     dataset = open_latents(config, record.generations if record else None, exclusions)
     _check_batch(config)
@@ -93,7 +93,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     if config.resume == "never" and checkpoint:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
-    output_bytes = check_space(config, parameters)
+    output_bytes = check_space(config, parameters, checkpoint)
     return TrainPlan(dataset, exclusions, parameters, output_bytes, checkpoint, record, notes)
 
 
@@ -129,9 +129,12 @@ def train(config: TrainConfig) -> TrainReport:
         for manifest in todo.dataset.manifests:
             tracker.dataset(lineage.latent_dataset(manifest), "training")
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
+        if config.resume_from and todo.checkpoint and int(todo.checkpoint[-10:]) != config.resume_from:
+            where += f", as it went back to step {config.resume_from:,} before"
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {describe_samples(todo.dataset)}")
         for note in todo.notes:
             say(f"train: init_from: {note}")
+        ask_to_go_back(config.output, config.resume_from)
         result = _run_workers(config, record, tracker.run_id)
         tracker.model(read_snapshot(result["snapshot"]))
     return TrainReport(**result, run_id=tracker.run_id)
@@ -162,7 +165,7 @@ def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
     """The report of a run that has nothing left to do, without starting a worker."""
     if todo.checkpoint is None or todo.record is None:
         return None
-    progress = read_marker(todo.checkpoint)["progress"]
+    progress = read_progress(todo.checkpoint)
     snapshot = snapshot_url(config.output, progress["step"])
     if progress["step"] < config.max_steps or not storage.exists(storage.join(snapshot, "snapshot.json")):
         return None
