@@ -1,7 +1,10 @@
 """What a worker trains with, as the configuration says: the latents, the engine, the averages."""
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+from ldm.activations import checkpoint_activations
+from ldm.config import RequestError
 from ldm.denoiser import build_denoiser
 from ldm.latents.cache import Cache
 from ldm.latents.choice import Split
@@ -51,15 +54,27 @@ def build_engine(config: TrainConfig, dataset: LatentDataset, micro_batch: int, 
     if config.init_from and newest_checkpoint(config.output) is None:
         snapshot = read_snapshot(config.init_from, "init_from")
         denoiser.load_state_dict(initial_weights(snapshot, config.denoiser, denoiser))
-    settings = zero.deepspeed_config(
+    if config.activation_checkpointing:
+        checkpoint_activations(denoiser)
+    if config.compile:
+        denoiser.compile()
+    settings = engine_settings(config, micro_batch, world)
+    return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
+
+
+def engine_settings(config: TrainConfig, micro_batch: int, world: int) -> dict[str, Any]:
+    """DeepSpeed's own configuration. Raises RequestError."""
+    if config.compile and config.zero_stage == 3:
+        raise RequestError("compile=true: does not work with zero_stage=3; give zero_stage=2, or leave it out")
+    return zero.deepspeed_config(
         stage=config.zero_stage,
         precision=config.precision,
         global_batch_size=config.global_batch_size,
         micro_batch_size=micro_batch,
         world=world,
         gradient_clipping=config.gradient_clip,
+        options=config.deepspeed,
     )
-    return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
 
 
 def ema_profiles(config: TrainConfig) -> list[EmaProfile]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,12 +18,17 @@ from torch import Tensor
 
 from ldm import storage
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Version 1 had no hash of the marker itself."""
 MARKER = "checkpoint.json"
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint is damaged, does not fit this model, or could not be written."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A file of a committed checkpoint is not what was committed."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Range:
 
 
 def write_file(url: str, stem: str, ranges: Sequence[Range], columns: Mapping[str, Sequence[Tensor]]) -> dict[str, Any]:
-    """Commits one safetensors file, then its index; returns its entry in the marker."""
+    """Commits one safetensors file and its index; returns its entry in the marker."""
     tensors = {
         piece.key(kind): values.detach().reshape(-1).cpu()
         for kind, column in columns.items()
@@ -49,22 +55,40 @@ def write_file(url: str, stem: str, ranges: Sequence[Range], columns: Mapping[st
         save_file(tensors, temporary)
         size, digest = temporary.stat().st_size, _sha256(temporary)
         name = f"{stem}-{digest[:16]}"
+        index = storage.to_json({"kinds": sorted(columns), "ranges": [asdict(piece) for piece in ranges]})
+        # The index first: where the second of them fails, it is the small one that is left behind.
+        storage.write_bytes(storage.join(url, f"{name}.json"), index)
         storage.commit_file(temporary, storage.join(url, f"{name}.safetensors"))
-    index = {"kinds": sorted(columns), "ranges": [asdict(piece) for piece in ranges]}
-    storage.write_json(storage.join(url, f"{name}.json"), index)
-    index_digest = hashlib.sha256(storage.read_bytes(storage.join(url, f"{name}.json"))).hexdigest()
-    return {"name": name, "bytes": size, "sha256": digest, "index_sha256": index_digest}
+    return {"name": name, "bytes": size, "sha256": digest, "index_sha256": hashlib.sha256(index).hexdigest()}
+
+
+def remove_file(url: str, entry: Mapping[str, Any]) -> None:
+    """Removes what `write_file` wrote."""
+    for suffix in ("safetensors", "json"):
+        storage.remove(storage.join(url, f"{entry['name']}.{suffix}"))
+
+
+def write_marker(url: str, marker: Mapping[str, Any]) -> None:
+    """Commits a checkpoint: its files are all there."""
+    body = {**marker, "format_version": FORMAT_VERSION}
+    storage.write_json(storage.join(url, MARKER), {**body, "sha256": _body_hash(body)})
 
 
 def read_marker(url: str) -> dict[str, Any]:
     """The commit of a checkpoint. Raises CheckpointError where there is none, or one of another format."""
     try:
         marker = storage.read_json(storage.join(url, MARKER))
-    except (FileNotFoundError, ValueError) as error:
+    except FileNotFoundError as error:
         raise CheckpointError(f"{url}: is no committed checkpoint ({error})") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{error}; it is damaged") from None
+    if not isinstance(marker, dict):
+        raise DamagedCheckpoint(f"{storage.join(url, MARKER)}: is damaged; it is no JSON object")
     if marker.get("format_version") != FORMAT_VERSION:
         found = marker.get("format_version")
         raise CheckpointError(f"{url}: has checkpoint format {found}; this version reads {FORMAT_VERSION}")
+    if marker.pop("sha256", None) != _body_hash(marker):
+        raise DamagedCheckpoint(f"{storage.join(url, MARKER)}: is damaged; its sha256 is not the one that it names")
     return marker
 
 
@@ -116,10 +140,10 @@ class Reader(contextlib.ExitStack):
         try:
             data = storage.read_bytes(url)
         except FileNotFoundError:
-            raise CheckpointError(f"{url}: is missing") from None
+            raise DamagedCheckpoint(f"{url}: is missing") from None
         if hashlib.sha256(data).hexdigest() != digest:
-            raise CheckpointError(f"{url}: is damaged; its sha256 is not the committed one")
-        return storage.read_json(url)
+            raise DamagedCheckpoint(f"{url}: is damaged; its sha256 is not the committed one")
+        return json.loads(data)
 
     def _file(self, file: str) -> Any:
         if file not in self._open:
@@ -127,9 +151,9 @@ class Reader(contextlib.ExitStack):
             path = self._fetched(url)
             size, expected = path.stat().st_size, self._entries[file]["bytes"]
             if size != expected:
-                raise CheckpointError(f"{url}: is truncated or damaged; it has {size} bytes, expected {expected}")
+                raise DamagedCheckpoint(f"{url}: is truncated or damaged; it has {size} bytes, expected {expected}")
             if _sha256(path) != self._entries[file]["sha256"]:
-                raise CheckpointError(f"{url}: is damaged; its sha256 is not the committed one")
+                raise DamagedCheckpoint(f"{url}: is damaged; its sha256 is not the committed one")
             self._open[file] = self.enter_context(safetensors.safe_open(path, framework="pt"))
         return self._open[file]
 
@@ -137,13 +161,13 @@ class Reader(contextlib.ExitStack):
         if storage.is_local(url):
             path = storage.local_path(url)
             if not path.exists():
-                raise CheckpointError(f"{url}: is missing")
+                raise DamagedCheckpoint(f"{url}: is missing")
             return path
         path = Path(self.enter_context(tempfile.TemporaryDirectory())) / storage.name(url)
         try:
             storage.fetch(url, path)
         except FileNotFoundError:
-            raise CheckpointError(f"{url}: is missing") from None
+            raise DamagedCheckpoint(f"{url}: is missing") from None
         return path
 
 
@@ -159,6 +183,10 @@ def _temporary_file(url: str) -> Iterator[Path]:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _body_hash(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(storage.to_json(body)).hexdigest()
 
 
 def _sha256(path: Path) -> str:

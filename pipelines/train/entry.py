@@ -8,8 +8,11 @@ from ldm.config import validate
 from pipelines import cluster
 from pipelines.tracking import Tracker
 from pipelines.train import zero
+from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
+from pipelines.train.deterministic import use_deterministic
 from pipelines.train.loop import Worker, tracking_url
+from pipelines.train.signals import FatalError
 from pipelines.train.start_times import StartTimes
 
 
@@ -32,12 +35,17 @@ def train_worker(job: dict[str, Any]) -> None:
     times.done("imports")
     cluster.use_threads(cluster.worker_threads(context.get_local_world_size()))
     config = validate(TrainConfig, job["config"])
+    if config.deterministic:
+        use_deterministic(job["device"])
     board = job["board"] if context.get_world_rank() == 0 else None
     run_id = job["run_id"]
     tracking = config.tracking if board is not None else config.tracking.model_copy(update={"enabled": False})
     name, folder = f"train/{storage.name(config.output)}", tracking_url(config.output)
     with Tracker(tracking, name, run_id=run_id, ends_run=False, folder=folder) as tracker:
-        result = Worker(config, job["generations"], job["exclusions"], tracker, board, times).run()
+        try:
+            result = Worker(config, job["generations"], job["exclusions"], tracker, board, times).run()
+        except CheckpointError as error:  # a damaged file, a store that takes nothing: to start again would not help
+            raise FatalError(str(error)) from error
     first_step = result.pop("first_step")
     if board is not None:
         ray.get(board.write.remote({"start": first_step, "step": result["step"], "note": "", "result": result}))

@@ -19,12 +19,15 @@ from ldm.snapshot import read_snapshot, write_snapshot
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
 from pipelines.train.build import build_engine, ema_profiles, open_latents
-from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, prune, read_full, save_checkpoint
+from pipelines.train.checkpoint import read_full
+from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema import Ema
 from pipelines.train.guard import Guard, Samples, Usual, poisoned
 from pipelines.train.meter import Meter
 from pipelines.train.objective import Objective
+from pipelines.train.resume import resume
+from pipelines.train.saver import Saver
 from pipelines.train.schedule import learning_rate
 from pipelines.train.signals import Notices
 from pipelines.train.start_times import StartTimes
@@ -63,24 +66,28 @@ class Worker:
         self.guard = Guard(config.output, config.skip_limit, Usual())
         self.meter = self._build_meter()
         self.validation = self._build_validation(generations, exclusions)
-        # One rank decides for all: they might not see the same newest one.
-        self.checkpoint: str | None = zero.all_gather(newest_checkpoint(config.output))[0]
+        self.saver = self._build_saver()
         self.step, self.batches_read = 0, 0
         self.loss: float | None = None
-        if self.checkpoint:
-            self._load(self.checkpoint)
+        self._resume()
         times.done("checkpoint")
         self.first_step = self.step
-        self.snapshot = ""
+
+    @property
+    def snapshot(self) -> str:
+        return snapshot_url(self.config.output, self.step)
 
     @property
     def images_seen(self) -> int:
         return self.step * self.config.global_batch_size
 
     def run(self) -> dict[str, Any]:
-        """Trains from `first_step` to `max_steps`; returns the report's values. Raises FatalError on all ranks."""
-        if self.checkpoint:
-            self._write_snapshot()  # which a kill after the checkpoint may have prevented
+        """Trains from `first_step` to `max_steps`; returns the report's values.
+
+        Raises FatalError and CheckpointError on all ranks alike.
+        """
+        if self.saver.checkpoint and self.rank == 0:
+            self._finish_snapshot(self.saver.checkpoint)
         started = time.monotonic()
         self.meter.restart()
         self._show()
@@ -89,14 +96,15 @@ class Worker:
         with contextlib.closing(batches):
             while self.step < self.config.max_steps:
                 applied, save, stop = self._train_step(self._next(batches))
-                self._after_step(applied, save)
+                self._after_step(applied, save, stop)
                 self._show()
                 if stop:
                     break
+        self.saver.close()
         images = (self.step - self.first_step) * self.config.global_batch_size
         return {
             "snapshot": self.snapshot,
-            "checkpoint": self.checkpoint,
+            "checkpoint": self.saver.checkpoint,
             "first_step": self.first_step,
             "step": self.step,
             "images_seen": self.images_seen,
@@ -133,7 +141,7 @@ class Worker:
             self.step += 1
             self.guard.applied(loss, samples, where)
         else:
-            self.guard.skipped(samples, where, self.checkpoint)
+            self.guard.skipped(samples, where, self.saver.checkpoint)
         return outcome.applied, save, stop
 
     def _agree(self, losses: Tensor) -> tuple[float, bool, bool]:
@@ -144,7 +152,7 @@ class Worker:
         loss, save, stop = sums.tolist()
         return loss / self.world, save > 0, stop > 0
 
-    def _after_step(self, applied: bool, asked: bool) -> None:
+    def _after_step(self, applied: bool, asked: bool, stop: bool) -> None:
         """What is due at this step: a point of the log, a validation, a checkpoint."""
         config, last = self.config, self.step == self.config.max_steps
         saves = applied and (self.step % config.checkpoint_every == 0 or last)
@@ -155,7 +163,8 @@ class Worker:
             self._validate()
         if saves or asked:
             self._save()
-            self.notices.saved()
+        if asked:
+            self._answer(stop)
 
     def _build_meter(self) -> Meter:
         return Meter(self.config.global_batch_size, self.world, 1.0, 1.0)
@@ -171,7 +180,8 @@ class Worker:
         point = self.meter.point(self.device)
         self.loss = point.get("train/loss", self.loss)
         rate = learning_rate(self.config, self.images_seen)
-        self.tracker.log({**point, "train/learning_rate": rate, PROGRESS_KEY: self.step}, self.images_seen)
+        counts = {"train/learning_rate": rate, PROGRESS_KEY: self.step}
+        self.tracker.log({**point, **self.saver.metrics, **counts}, self.images_seen)
 
     def _validate(self) -> None:
         with self.meter.pause():
@@ -181,8 +191,25 @@ class Worker:
         if grid is not None:
             self.tracker.image(f"samples/step-{self.step:010d}.png", grid)
 
+    def _build_saver(self) -> Saver:
+        config = self.config
+        return Saver(
+            config.output,
+            self.engine.state,
+            self.ema,
+            after_commit=self._write_snapshot,
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+        )
+
+    def _resume(self) -> None:
+        self.saver.checkpoint, progress = resume(self.config.output, self.engine.state, self.ema, zero.all_gather)
+        if self.saver.checkpoint:
+            self.step, self.batches_read, self.loss = progress["step"], progress["batches_read"], progress["loss"]
+            self.guard.load(progress["guard"])
+            self.meter.load(progress["meter"])
+
     def _save(self) -> None:
-        """Checkpoint on all ranks, then rank 0 writes the snapshot from its files."""
         progress = {
             "step": self.step,
             "images_seen": self.images_seen,
@@ -191,40 +218,42 @@ class Worker:
             "guard": self.guard.state(),
             "meter": self.meter.state(),
         }
-        self.checkpoint = save_checkpoint(self.config.output, self.engine.state, self.ema, progress, zero.all_gather)
-        self._write_snapshot()
-        if self.rank == 0:
-            prune(self.config.output, self.config.keep_last)
+        self.saver.save(progress)
 
-    def _load(self, checkpoint: str) -> None:
-        progress = load_checkpoint(checkpoint, self.engine.state, self.ema, zero.all_gather)
-        self.step, self.batches_read, self.loss = progress["step"], progress["batches_read"], progress["loss"]
-        self.guard.load(progress["guard"])
-        self.meter.load(progress["meter"])
+    def _answer(self, stop: bool) -> None:
+        """The checkpoint that was asked for is committed, or known to have failed."""
+        try:
+            self.saver.wait()
+        except CheckpointError:  # which the saver has told and counted: training goes on
+            if stop:
+                raise
+        self.notices.saved()
 
-    def _write_snapshot(self) -> None:
-        assert self.checkpoint is not None
-        self.snapshot = snapshot_url(self.config.output, self.step)
-        if self.rank != 0:
-            return
+    def _finish_snapshot(self, checkpoint: str) -> None:
+        """What a kill after the checkpoint may have prevented."""
         if storage.exists(storage.join(self.snapshot, "snapshot.json")):
-            self.tracker.model(read_snapshot(self.snapshot))  # of which a kill may have left no trace
-            return
-        manifest = self.dataset.manifest
+            self.tracker.model(read_snapshot(self.snapshot))
+        else:
+            self._write_snapshot(checkpoint, {"step": self.step, "images_seen": self.images_seen})
+
+    def _write_snapshot(self, checkpoint: str, progress: dict[str, Any]) -> None:
+        """Of a committed checkpoint; on rank 0, beside the training."""
+        url, manifest = snapshot_url(self.config.output, progress["step"]), self.dataset.manifest
+        storage.remove(storage.join(url, "snapshot.json"))  # of a run that went back from here
         write_snapshot(
-            self.snapshot,
-            read_full(self.checkpoint, f"ema.{SNAPSHOT_PROFILE}") | read_full(self.checkpoint, "buffer"),
+            url,
+            read_full(checkpoint, f"ema.{SNAPSHOT_PROFILE}") | read_full(checkpoint, "buffer"),
             denoiser_config=self.config.denoiser,
             diffusion_config=self.config.diffusion,
             statistics=self.dataset.statistics,
             conditioning=manifest.conditioning,
             latent_shape=self.dataset.latent_shape,
             fingerprint=manifest.fingerprint,
-            step=self.step,
-            images_seen=self.images_seen,
+            step=progress["step"],
+            images_seen=progress["images_seen"],
             autoencoder_url=storage.join(manifest.url, "autoencoder"),
         )
-        self.tracker.model(read_snapshot(self.snapshot))
+        self.tracker.model(read_snapshot(url))
 
     def _show(self) -> None:
         if self.board is not None:

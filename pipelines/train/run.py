@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from ldm import storage
+from ldm.activations import checkpoint_activations
 from ldm.config import RequestError
 from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
@@ -15,9 +16,8 @@ from pipelines import cluster, lineage
 from pipelines.outbox import kept_files
 from pipelines.progress import say
 from pipelines.tracking import Tracker
-from pipelines.train.build import open_latents
-from pipelines.train.checkpoint import newest_checkpoint
-from pipelines.train.checkpoint_files import read_marker
+from pipelines.train.build import engine_settings, open_latents
+from pipelines.train.checkpoint import read_progress
 from pipelines.train.config import TrainConfig, check_unused, trajectory
 from pipelines.train.loop import snapshot_url, tracking_url
 from pipelines.train.record import (
@@ -27,6 +27,7 @@ from pipelines.train.record import (
     write_exclusions,
     write_record,
 )
+from pipelines.train.resume import ask_to_go_back, choose_checkpoint
 from pipelines.train.schedule import check_schedule
 from pipelines.train.space import check_space
 from pipelines.train.workers import possible_worlds, run_workers
@@ -69,13 +70,14 @@ class TrainPlan:
 def plan(config: TrainConfig) -> TrainPlan:
     """Checks the whole request without starting a worker. Raises RequestError."""
     storage.check_writable("output", config.output)
-    checkpoint = newest_checkpoint(config.output)
+    checkpoint = choose_checkpoint(config.output, config.resume_from)
     record = read_record(config, checkpoint)
-    batches_read = read_marker(checkpoint)["progress"]["batches_read"] if checkpoint and record else 0
+    batches_read = read_progress(checkpoint)["batches_read"] if checkpoint and record else 0
     exclusions = exclusions_asked(config, record, batches_read)
     dataset = open_latents(config, record.generations if record else None, exclusions)
-    possible_worlds(config)
+    world = possible_worlds(config)[0]
     check_schedule(config)
+    engine_settings(config, 1, world)
     if record is None:
         check_unused(config.diffusion)
     with torch.device("meta"):
@@ -85,6 +87,8 @@ def plan(config: TrainConfig) -> TrainPlan:
             sample_size=dataset.latent_shape[1:],
             num_classes=dataset.num_classes or None,
         )
+        if config.activation_checkpointing:
+            checkpoint_activations(denoiser)
     notes: tuple[str, ...] = ()
     if config.init_from and checkpoint is None:
         snapshot = read_snapshot(config.init_from, "init_from")
@@ -94,7 +98,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     if config.resume == "never" and checkpoint:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
-    output_bytes = check_space(config, parameters)
+    output_bytes = check_space(config, parameters, checkpoint)
     return TrainPlan(dataset, exclusions, parameters, output_bytes, checkpoint, record, notes)
 
 
@@ -131,9 +135,12 @@ def train(config: TrainConfig) -> TrainReport:
         for manifest in todo.dataset.manifests:
             tracker.dataset(lineage.latent_dataset(manifest), "training")
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
+        if config.resume_from and todo.checkpoint and int(todo.checkpoint[-10:]) != config.resume_from:
+            where += f", as it went back to step {config.resume_from:,} before"
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {describe_samples(todo.dataset)}")
         for note in todo.notes:
             say(f"train: init_from: {note}")
+        ask_to_go_back(config.output, config.resume_from)
 
         def started(step: int, seconds: float) -> None:
             tracker.log({"perf/start_seconds": seconds}, step * config.global_batch_size)
@@ -172,7 +179,7 @@ def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
     """The report of a run that has nothing left to do, without starting a worker."""
     if todo.checkpoint is None or todo.record is None:
         return None
-    progress = read_marker(todo.checkpoint)["progress"]
+    progress = read_progress(todo.checkpoint)
     snapshot = snapshot_url(config.output, progress["step"])
     if progress["step"] < config.max_steps or not storage.exists(storage.join(snapshot, "snapshot.json")):
         return None

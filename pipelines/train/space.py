@@ -1,17 +1,25 @@
 """The disk that the rest of a training run takes, before it begins."""
 
+import math
+
 from ldm import storage
 from ldm.autoencoder import FILES
-from pipelines.train.checkpoint import committed_steps
+from pipelines.train.checkpoint import checkpoint_url, committed_steps
 from pipelines.train.config import TrainConfig
 
 _FP32 = 4
 _SNAPSHOT = _FP32  # bytes for each parameter: an average
 
 
-def check_space(config: TrainConfig, parameters: int) -> int:
-    """Bytes that the rest of the run adds to `output` at most. Raises RequestError where a local disk has less."""
-    needed = _needed(config, parameters, committed_steps(config.output))
+def check_space(config: TrainConfig, parameters: int, checkpoint: str | None) -> int:
+    """Bytes that the rest of the run adds to `output` at most, going on from `checkpoint`.
+
+    Raises RequestError where a local disk has less.
+    """
+    steps = committed_steps(config.output)
+    # Not those that a run which goes back leaves behind.
+    before = [step for step in steps if checkpoint and checkpoint_url(config.output, step) <= checkpoint]
+    needed = _needed(config, parameters, before)
     remedy = "give an output on a larger disk, a larger checkpoint_every or a smaller keep_last"
     storage.check_space("output", config.output, needed, remedy)
     return needed
@@ -23,7 +31,8 @@ def _needed(config: TrainConfig, parameters: int, committed: list[int]) -> int:
         return 0
     saves = config.max_steps // every - begun // every + (config.max_steps % every > 0)
     # One more than is kept, for the oldest is removed only when the newest is whole.
-    checkpoints = min(saves, max(1, config.keep_last + 1 - len(committed)))
+    kept = math.lcm(every, config.keep_every) if config.keep_every else config.max_steps + 1
+    checkpoints = min(saves, max(1, config.keep_last + 1 - len(committed)) + config.max_steps // kept - begun // kept)
     checkpoint = _FP32 * (3 + config.ema.num_profiles)  # masters, two moments, averages
     return checkpoints * checkpoint * parameters + saves * (_SNAPSHOT * parameters + _autoencoder_bytes(config))
 

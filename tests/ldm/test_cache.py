@@ -12,7 +12,7 @@ import subprocess
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import boto3
@@ -64,25 +64,6 @@ def overwrite(s3) -> Callable[[RemoteFile, bytes | None], None]:
             client.put_object(Bucket="bucket", Key=key, Body=data)
 
     return write
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Callable[[str], Path]]:
-    """A function that mounts a file system of its own with these options; needs the right to mount."""
-    mounted = []
-
-    def mount(options: str) -> Path:
-        place = tmp_path / "disk"
-        place.mkdir(exist_ok=True)
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)], capture_output=True)
-        if done.returncode:
-            pytest.skip(f"no right to mount a small disk here: {done.stderr.decode().strip()}")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for place in mounted:
-        subprocess.run(["umount", "-l", str(place)], check=True)
 
 
 def is_right(path: Path, file: RemoteFile) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from ldm.snapshot import read_snapshot
 from pipelines.tracking import Tracker
 from pipelines.train import TrainConfig, zero
 from pipelines.train.config import TrainConfig as Config
-from pipelines.train.guard import FatalError, Guard, Usual
+from pipelines.train.guard import Guard, Usual
 from pipelines.train.loop import Worker
 from pipelines.train.objective import Objective
 from pipelines.train.schedule import check_schedule, learning_rate
+from pipelines.train.signals import FatalError
+from pipelines.train.start_times import StartTimes
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import gloo
 
@@ -83,7 +86,7 @@ class Notebook(Tracker):
 def worker(settings: Config, notebook: Notebook) -> Worker:
     dataset = LatentDataset(settings.latents_urls, global_batch_size=8)
     generations = [manifest.generation for manifest in dataset.manifests]
-    return Worker(settings, generations, {}, notebook, None)
+    return Worker(settings, generations, {}, notebook, None, StartTimes(time.time()))
 
 
 def masters(run: Worker) -> list[torch.Tensor]:

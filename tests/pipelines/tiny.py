@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,3 +99,10 @@ def assemble(ranks: Iterable[list[tuple[str, str, int, Tensor]]]) -> dict[tuple[
             position += parts[start].numel()
         whole[key] = torch.cat([parts[start] for start in sorted(parts)])
     return whole
+
+
+def flip(file: Path) -> None:
+    """Turns one bit near the end of a file."""
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
