@@ -253,7 +253,7 @@ class Outbox:
             return [_Item(line["run_id"], from_values(line), time.monotonic(), url) for line in lines]
         except FileNotFoundError:  # another tracker has sent it
             return []
-        except (OSError, KeyError, TypeError, ValueError) as error:
+        except (OSError, AttributeError, KeyError, TypeError, ValueError) as error:
             say(f"tracking: {url} cannot be read, and is left there ({one_line(error)})")
             return []
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import requests
 
 from ldm import images, storage
 from pipelines import lineage
@@ -137,10 +136,11 @@ def is_final(error: Exception) -> bool:
     Credentials that are refused (401, 403) may be renewed; all else is a fault of the server or of the way to it.
     """
     from mlflow.exceptions import MlflowException
+    from requests import HTTPError
 
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
-    elif isinstance(error, requests.HTTPError) and error.response is not None:
+    elif isinstance(error, HTTPError) and error.response is not None:
         status = error.response.status_code
     else:
         wrong = (ValueError, TypeError, LookupError, AttributeError, AssertionError)

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from ldm import storage
 from ldm.config import RequestError
 from ldm.snapshot import read_snapshot
 from pipelines import outbox, tracking
@@ -69,8 +70,8 @@ def haste(monkeypatch):
 
 def kept(folder):
     """The records in the files of a folder."""
-    lines = [line for name in kept_files(str(folder)) for line in (folder / name).read_text().splitlines()]
-    return [json.loads(line) for line in lines]
+    names = kept_files(str(folder))
+    return [line for name in names for line in storage.read_json_lines(storage.join(str(folder), name))]
 
 
 def kept_points(folder):
@@ -108,10 +109,13 @@ def test_what_an_outage_delayed_comes_in_order_and_once(config, chaos, client, t
     assert len(said) == 2 and "sends later" in said[0] and said[1].endswith("is written to again")
 
 
-def test_what_is_unsent_at_the_end_is_kept_for_the_next_tracker(config, chaos, client, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_what_is_unsent_at_the_end_is_kept_for_the_next_tracker(
+    place, config, chaos, client, tmp_path, s3, monkeypatch, capsys
+):
     monkeypatch.setattr(tracking, "EXIT_WAIT_S", 0.3)
-    folder = tmp_path / "kept"
-    with Tracker(config, "encode/latents", folder=str(folder)) as first:
+    folder = str(tmp_path / "kept") if place == "disk" else f"{s3}/unsent/tracking"
+    with Tracker(config, "encode/latents", folder=folder) as first:
         chaos.rage(1.0, kinds=DOWN)
         first.log({"data/inputs": 7.0, "data/share": float("inf")}, 100)
         first.log({"data/inputs": 8.0}, 200)
@@ -120,9 +124,9 @@ def test_what_is_unsent_at_the_end_is_kept_for_the_next_tracker(config, chaos, c
     assert client.get_run(first.run_id).info.status in ("RUNNING", "FINISHED")  # which a lost answer leaves open
     chaos.calm()
     monkeypatch.setattr(tracking, "EXIT_WAIT_S", 20.0)
-    with Tracker(config, "encode/latents", folder=str(folder)) as second:  # another run: the same stage, started again
+    with Tracker(config, "encode/latents", folder=folder) as second:  # another run: the same stage, started again
         second.log({"data/inputs": 9.0}, 300)
-    assert second.run_id != first.run_id and kept_files(str(folder)) == []
+    assert second.run_id != first.run_id and kept_files(folder) == []
     assert history(client, first.run_id, "data/inputs") == [(100, 7.0), (200, 8.0)]
     assert len(history(client, first.run_id, "data/share")) == 1
     assert client.get_run(first.run_id).info.status == "FINISHED"
