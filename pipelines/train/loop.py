@@ -69,6 +69,7 @@ class Worker:
         self.saver = self._build_saver()
         self.step, self.batches_read = 0, 0
         self.loss: float | None = None
+        self.best: tuple[int, float] | None = None  # (step, validation loss) of a snapshot
         self._resume()
         times.done("checkpoint")
         self.first_step = self.step
@@ -106,6 +107,7 @@ class Worker:
             "snapshot": self.snapshot,
             "checkpoint": self.saver.checkpoint,
             "first_step": self.first_step,
+            "best": self.best,
             "step": self.step,
             "images_seen": self.images_seen,
             "loss": self.loss,
@@ -160,7 +162,9 @@ class Worker:
             self._log()
         every = config.validation.every
         if saves if every is None else applied and (self.step % every == 0 or last):
-            self._validate()
+            loss = self._validate()
+            if saves and loss is not None and (self.best is None or loss < self.best[1]):
+                self.best = (self.step, loss)
         if saves or asked:
             self._save()
         if asked:
@@ -183,13 +187,15 @@ class Worker:
         counts = {"train/learning_rate": rate, PROGRESS_KEY: self.step}
         self.tracker.log({**point, **self.saver.metrics, **counts}, self.images_seen)
 
-    def _validate(self) -> None:
+    def _validate(self) -> float | None:
+        """Returns the mean validation loss, where it is measured."""
         with self.meter.pause():
             losses, grid = self.validation.run()
         if losses:
             self.tracker.log(losses, self.images_seen)
         if grid is not None:
             self.tracker.image(f"samples/step-{self.step:010d}.png", grid)
+        return losses.get("val/loss")
 
     def _build_saver(self) -> Saver:
         config = self.config
@@ -208,6 +214,7 @@ class Worker:
             self.step, self.batches_read, self.loss = progress["step"], progress["batches_read"], progress["loss"]
             self.guard.load(progress["guard"])
             self.meter.load(progress["meter"])
+            self.best = progress["best"] and tuple(progress["best"])
 
     def _save(self) -> None:
         progress = {
@@ -217,6 +224,7 @@ class Worker:
             "batches_read": self.batches_read,
             "guard": self.guard.state(),
             "meter": self.meter.state(),
+            "best": self.best,
         }
         self.saver.save(progress)
 

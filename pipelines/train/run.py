@@ -146,6 +146,9 @@ def train(config: TrainConfig) -> TrainReport:
             tracker.log({"perf/start_seconds": seconds}, step * config.global_batch_size)
 
         result = run_workers(config, record, tracker.run_id, started)
+        if (best := result.pop("best")) is not None:
+            step, loss = best
+            tracker.best_model(read_snapshot(snapshot_url(config.output, step)), "val/loss", loss)
     return TrainReport(**result, run_id=tracker.run_id)
 
 

@@ -178,7 +178,7 @@ def test_what_mlflow_missed_of_a_finished_run_the_same_command_sends(
     output, run_id = tmp_path / "run", uninterrupted.report.run_id
     shutil.copytree(uninterrupted.output, output)
     kept = {"uri": uninterrupted.uri, "run_id": run_id, "kind": "Tags", "tags": {"late": "yes"}}
-    (output / "tracking").mkdir()
+    (output / "tracking").mkdir(exist_ok=True)
     (output / "tracking" / "backlog-1.jsonl").write_text(json.dumps(kept) + "\n")
     assert train(config(latents, output, tracking=tracked(uninterrupted.uri))).run_id == run_id
     run = MlflowClient(uninterrupted.uri).get_run(run_id)
