@@ -179,6 +179,8 @@ def prune(output: str, keep_last: int, keep_every: int | None = None) -> None:
 
 def sweep_unfinished(output: str) -> None:
     """Removes the temporary files that processes of this host that are dead left in saves that did not finish."""
+    if not storage.is_local(output):
+        return
     folder = storage.join(output, "checkpoints")
     for step in set(_steps(folder)) - set(_committed(folder)):
         storage.sweep(checkpoint_url(output, step))
@@ -242,7 +244,11 @@ def _take_back(url: str, entries: list[dict[str, Any]]) -> None:
 
 def _remove_unlisted(url: str) -> None:
     """Removes from a committed checkpoint what other attempts at the same step left in it."""
-    listed = {f"{file['name']}.{suffix}" for file in read_marker(url)["files"] for suffix in ("safetensors", "json")}
+    try:
+        files = read_marker(url)["files"]
+    except CheckpointError:  # nobody knows what belongs to it; it is for those who load it to say so
+        return
+    listed = {f"{file['name']}.{suffix}" for file in files for suffix in ("safetensors", "json")}
     for name in storage.list_dir(url):
         if name not in listed | {MARKER}:
             storage.remove(storage.join(url, name))

@@ -135,7 +135,7 @@ def train(config: TrainConfig) -> TrainReport:
         for manifest in todo.dataset.manifests:
             tracker.dataset(lineage.latent_dataset(manifest), "training")
         where = f"goes on from {todo.checkpoint}" if todo.checkpoint else "begins"
-        if config.resume_from and todo.checkpoint and int(todo.checkpoint[-10:]) != config.resume_from:
+        if config.resume_from and todo.checkpoint and int(todo.checkpoint.rpartition("-")[2]) != config.resume_from:
             where += f", as it went back to step {config.resume_from:,} before"
         say(f"train: {where}; {todo.parameters / 1e6:.1f} M parameters, {describe_samples(todo.dataset)}")
         for note in todo.notes:

@@ -122,7 +122,7 @@ class Saver:
         except (CheckpointError, RequestError) as error:
             save.failure = error
             if part.rank == 0:
-                say(f"train: the save of step {progress['step']:,} failed, training goes on: {error}")
+                say(f"train: the save of step {progress['step']:,} failed: {error}")
 
     def _all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self._group)

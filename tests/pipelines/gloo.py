@@ -13,13 +13,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 
-def run(function: Callable[..., Any], world: int, *args: Any, timeout: float = 240) -> list[Any]:
-    """`[function(rank, world, *args) for rank in range(world)]`, each in a spawned process of one gloo group.
+def run(function: Callable[..., Any], world: int, *args: Any, timeout: float = 240, start: str = "spawn") -> list[Any]:
+    """`[function(rank, world, *args) for rank in range(world)]`, each in a new process of one gloo group.
 
     `function` lives at the top of a module. The first failure ends the other ranks, and raises RuntimeError with the
     child's traceback; so does a rank that has not returned after `timeout` seconds.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context(start)
     with tempfile.TemporaryDirectory() as directory:
         pipes, processes = [], []
         for rank in range(world):

@@ -65,6 +65,7 @@ def test_what_attempts_that_did_not_finish_left_goes_with_the_next_commit(tmp_pa
     assert held(200) == whole
     assert len(held(300)) == 5, "another writer may still be at the newest"
     fake(output, 400)
+    storage.write_bytes(storage.join(checkpoint_url(output, 200), "checkpoint.json"), b"damaged")
     prune(output, keep_last=3)
     assert [held(step) for step in (200, 300, 400)] == [whole] * 3
     if where == "memory":

@@ -16,54 +16,14 @@ from ldm import storage
 from ldm.config import RequestError
 from ldm.storage import transport
 from pipelines.train import zero
-from pipelines.train.checkpoint import Part, checkpoint_url, committed_steps, read_full, save_checkpoint
-from pipelines.train.checkpoint_files import CheckpointError, read_marker
-from pipelines.train.ema import Ema, EmaProfile
-from pipelines.train.resume import ask_to_go_back, choose_checkpoint, resume
-from pipelines.train.saver import Saver
+from pipelines.train.checkpoint import checkpoint_url, committed_steps
+from pipelines.train.checkpoint_files import CheckpointError
+from pipelines.train.resume import ask_to_go_back, choose_checkpoint
 from tests.chaos_s3 import ChaosProxy
 from tests.pipelines import gloo, tiny
+from tests.pipelines.saving import Run, files
 
 pytestmark = pytest.mark.slow
-
-PROFILES = (EmaProfile("main", 0.9),)
-
-
-class Run:
-    """A training on this rank; `saved` is what was done after commits."""
-
-    def __init__(self, rank: int, world: int, output: str, stage: int = 1, **options: Any) -> None:
-        self.engine = tiny.engine(rank, world, stage, "fp32", seed=5)
-        self.ema = Ema(self.engine.state, PROFILES)
-        self.step, self.saved, self.output = 0, [], output
-        self.saver = Saver(
-            output,
-            self.engine.state,
-            self.ema,
-            after_commit=lambda url, progress: self.saved.append((url, progress)),
-            **{"keep_last": 9, **options},
-        )
-
-    def train(self, steps: int = 1) -> None:
-        for _ in range(steps):
-            tiny.train_step(self.engine, self.step)
-            self.ema.update()
-            self.step += 1
-
-    def save(self) -> None:
-        self.saver.save({"step": self.step})
-
-    def save_now(self, output: str) -> str:
-        """The same moment without the saver."""
-        return save_checkpoint(output, Part.of(self.engine.state, self.ema), {"step": self.step}, zero.all_gather)
-
-
-def files(url: str) -> list[Any]:
-    """Names, which hold hashes, sizes and hashes of a checkpoint, which is whole."""
-    marker = read_marker(url)
-    for kind in ("master", "exp_avg", "exp_avg_sq", "ema.main"):
-        read_full(url, kind)  # verifies
-    return [marker["optimizer_step"], marker["ema"], *marker["files"]]
 
 
 def on_s3(rank: int, world: int, place: str, local: str) -> dict[str, Any]:
@@ -105,25 +65,98 @@ def hold_up(chaos: ChaosProxy, held: str, failing: tuple[str, str]) -> None:
     chaos.rage(1.0, kinds=("busy",), only=lambda method, path: method == "PUT" and all(p in path for p in failing))
 
 
-def test_training_goes_on_while_an_object_store_is_slow_and_a_failed_save_is_made_up_for(
-    s3: str, chaos_s3: ChaosProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    place = f"{s3}/{uuid.uuid4().hex}"
-    hold_up(chaos_s3, "step-0000000002", ("step-0000000005", "rank-00001"))
-    found = gloo.run(on_s3, 2, place, str(tmp_path))
-    assert chaos_s3.faults > 5, "storage tries again"
+def check_saves(found: list[dict[str, Any]], output: str) -> None:
     for of_rank in found:
         assert of_rank["alive"] and of_rank["committed"] == [], "three steps were trained while it was written"
         saved, expected, metrics = of_rank["first"]
         assert saved == expected, "the bits of the step at which it was asked for"
         assert 0 < metrics["perf/checkpoint_wait_seconds"] <= metrics["perf/checkpoint_stall_seconds"]
         assert of_rank["same memory"]
-        assert of_rank["one failed"] == (checkpoint_url(f"{place}/run", 2), 1)
-        assert of_rank["end"][:2] == (checkpoint_url(f"{place}/run", 6), [2, 6])
+        assert of_rank["one failed"] == (checkpoint_url(output, 2), 1)
+        assert of_rank["end"][:2] == (checkpoint_url(output, 6), [2, 6])
     assert [of_rank["end"][2] for of_rank in found] == [[2, 6], []]
+
+
+def go_back(rank: int, world: int, output: str) -> dict[str, Any]:
+    """Saves at 1, 2, 3 and 4; then 4 is damaged, and 2 is gone back to."""
+    run, found = Run(rank, world, output), {}
+    for _ in range(4):
+        run.train()
+        run.save()
+    run.saver.close()
+    found["before"] = [files(checkpoint_url(output, step)) for step in (3, 4)]
+    zero.all_gather(None)
+    if rank == 0:
+        tiny.flip(*Path(checkpoint_url(output, 4)).glob("ema-00001-*.safetensors"))
+    zero.all_gather(None)
+
+    run.engine.close()
+    with pytest.raises(CheckpointError) as caught:
+        Run.resumed(rank, world, output)
+    found["damaged"] = str(caught.value), committed_steps(output)
+    ask(rank, output, 4)
+    with pytest.raises(CheckpointError):
+        Run.resumed(rank, world, output)
+    found["kept"] = committed_steps(output)
+    ask(rank, output, 2)
+    run, url = Run.resumed(rank, world, output)
+    found["back"] = url, choose_checkpoint(output, 2), committed_steps(output)
+    for _ in range(2):
+        run.train()
+        run.save()
+    run.saver.close()
+    run.engine.close()
+    found["after"] = [files(checkpoint_url(output, step)) for step in (3, 4)]
+    ask(rank, output, 2)  # the same command again
+    found["again"] = Run.resumed(rank, world, output)[1], choose_checkpoint(output, 2)
+    return found
+
+
+def ask(rank: int, output: str, step: int) -> None:
+    """What the driver does before there are workers."""
+    if rank == 0:
+        ask_to_go_back(output, step)
+    zero.all_gather(None)
+
+
+def check_going_back(output: str, found: list[dict[str, Any]]) -> None:
+    urls = [checkpoint_url(output, step) for step in range(5)]
+    for of_rank in found:
+        message, held = of_rank["damaged"]
+        assert f"{urls[4]}/ema-00001-of-00002" in message and held == [1, 2, 3, 4]
+        assert message.endswith(
+            "is damaged; its sha256 is not the committed one; give resume_from=3 to go on from the one before it"
+        )
+        assert of_rank["kept"] == [1, 2, 3, 4], "nothing goes before the older one has loaded"
+        assert of_rank["back"] == (urls[2], urls[2], [1, 2])
+        assert of_rank["after"] == of_rank["before"], "over what had been there, with the same bits"
+        assert of_rank["again"] == (urls[4], urls[4])
+    assert choose_checkpoint(output, 3) == urls[3]
+    with pytest.raises(
+        RequestError, match=r"^resume_from=7: .* has no checkpoint of that step; it has those of 1, 2, 3, 4$"
+    ):
+        choose_checkpoint(output, 7)
+    ask_to_go_back(output, None)
+    assert choose_checkpoint(output, 2) == urls[2]
+
+
+def two_scenarios(rank: int, world: int, place: str, local: str, output: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One start of the processes for both."""
+    return go_back(rank, world, output), on_s3(rank, world, place, local)
+
+
+def test_saves_to_a_slow_and_failing_object_store_and_going_back(
+    s3: str, chaos_s3: ChaosProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    place = f"{s3}/{uuid.uuid4().hex}"
+    hold_up(chaos_s3, "step-0000000002", ("step-0000000005", "rank-00001"))
+    found = gloo.run(two_scenarios, 2, place, str(tmp_path / "now"), str(tmp_path / "run"))
+    check_going_back(str(tmp_path / "run"), [back for back, _ in found])
+    check_saves([saves for _, saves in found], f"{place}/run")
+    assert chaos_s3.faults > 5, "storage tries again"
     said = [line for line in capfd.readouterr().err.splitlines() if "failed" in line]
-    assert len(said) == 1 and said[0].startswith("train: the save of step 5 failed, training goes on: ")
+    assert len(said) == 1 and said[0].startswith("train: the save of step 5 failed: ")
     assert "rank 1: OSError" in said[0]
 
 
@@ -182,79 +215,4 @@ def test_on_a_full_disk_nothing_is_committed_and_the_next_save_tries_again(
         good = f"the last good checkpoint is {checkpoint_url(output, 3)}"
         assert of_rank["three"].startswith(f"3 saves in a row failed; {good}; ") and of_rank["step"] == 7
     assert committed_steps(output) == [1, 3]
-    assert capfd.readouterr().err.count("failed, training goes on") == 4
-
-
-def go_back(rank: int, world: int, output: str) -> dict[str, Any]:
-    """Saves at 1, 2, 3 and 4; then 4 is damaged, and 2 is gone back to."""
-    run, found = Run(rank, world, output), {}
-    for _ in range(4):
-        run.train()
-        run.save()
-    run.saver.close()
-    found["before"] = [files(checkpoint_url(output, step)) for step in (3, 4)]
-    zero.all_gather(None)
-    if rank == 0:
-        tiny.flip(*Path(checkpoint_url(output, 4)).glob("ema-00001-*.safetensors"))
-    zero.all_gather(None)
-
-    run.engine.close()
-    with pytest.raises(CheckpointError) as caught:
-        begin_again(rank, world, output)
-    found["damaged"] = str(caught.value), committed_steps(output)
-    ask(rank, output, 4)
-    with pytest.raises(CheckpointError):
-        begin_again(rank, world, output)
-    found["kept"] = committed_steps(output)
-    ask(rank, output, 2)
-    run, url = begin_again(rank, world, output)
-    found["back"] = url, choose_checkpoint(output, 2), committed_steps(output)
-    for _ in range(2):
-        run.train()
-        run.save()
-    run.saver.close()
-    run.engine.close()
-    found["after"] = [files(checkpoint_url(output, step)) for step in (3, 4)]
-    ask(rank, output, 2)  # the same command again
-    found["again"] = begin_again(rank, world, output)[1], choose_checkpoint(output, 2)
-    return found
-
-
-def begin_again(rank: int, world: int, output: str) -> tuple[Run, str | None]:
-    run = Run(rank, world, output)
-    try:
-        url, progress = resume(output, run.engine.state, run.ema, zero.all_gather)
-    except CheckpointError:
-        run.engine.close()
-        raise
-    run.step = progress["step"]
-    return run, url
-
-
-def ask(rank: int, output: str, step: int) -> None:
-    """What the driver does before there are workers."""
-    if rank == 0:
-        ask_to_go_back(output, step)
-    zero.all_gather(None)
-
-
-def test_a_run_goes_back_where_the_newest_is_damaged(tmp_path: Path) -> None:
-    output = str(tmp_path)
-    urls = [checkpoint_url(output, step) for step in range(5)]
-    for of_rank in gloo.run(go_back, 2, output):
-        message, held = of_rank["damaged"]
-        assert f"{urls[4]}/ema-00001-of-00002" in message and held == [1, 2, 3, 4]
-        assert message.endswith(
-            "is damaged; its sha256 is not the committed one; give resume_from=3 to go on from the one before it"
-        )
-        assert of_rank["kept"] == [1, 2, 3, 4], "nothing goes before the older one has loaded"
-        assert of_rank["back"] == (urls[2], urls[2], [1, 2])
-        assert of_rank["after"] == of_rank["before"], "over what had been there, with the same bits"
-        assert of_rank["again"] == (urls[4], urls[4])
-    assert choose_checkpoint(output, 3) == urls[3]
-    with pytest.raises(
-        RequestError, match=r"^resume_from=7: .* has no checkpoint of that step; it has those of 1, 2, 3, 4$"
-    ):
-        choose_checkpoint(output, 7)
-    ask_to_go_back(output, None)
-    assert choose_checkpoint(output, 2) == urls[2]
+    assert capfd.readouterr().err.count(" failed: ") == 4

@@ -23,9 +23,10 @@ from ldm.latents.manifest import Conditioning
 from ldm.sampling import SampleConfig, sample
 from ldm.snapshot import read_snapshot
 from pipelines.train import TrainConfig, TrainReport, plan, train
-from pipelines.train.checkpoint import newest_checkpoint, read_full
+from pipelines.train.checkpoint import checkpoint_url, newest_checkpoint, read_full
 from tests.ldm.exchanging import write
 from tests.pictures import kl_model, latent_dataset
+from tests.pipelines import tiny
 
 SMALL: dict[str, Any] = {
     "max_steps": 8,
@@ -225,17 +226,25 @@ def test_a_denoiser_of_ones_own_plugs_in_by_name(
 
 @pytest.mark.faults
 @pytest.mark.ray
-def test_workers_that_fail_to_the_end_are_an_error_with_the_cause(
+def test_a_damaged_checkpoint_is_an_error_with_the_cause_and_can_be_gone_back_from(
     latents: str, uninterrupted: Run, tmp_path: Path
 ) -> None:
-    output = uninterrupted.rewound(tmp_path / "run")
+    output = tmp_path / "run"
+    shutil.copytree(uninterrupted.output, output)
     checkpoint = newest_checkpoint(str(output))
     damaged = next(path for path in Path(str(checkpoint)).glob("rank-*.safetensors"))
-    data = bytearray(damaged.read_bytes())
-    data[-1] ^= 1
-    damaged.write_bytes(data)
-    with pytest.raises(RuntimeError, match=rf"training failed: .*{damaged.name}"):
-        train(config(latents, output, max_failures=0))
+    tiny.flip(damaged)
+    with pytest.raises(RuntimeError, match=rf"training failed: .*{damaged.name}.* give resume_from=6 to go on from"):
+        train(config(latents, output, max_steps=9, max_failures=0))
+    with pytest.raises(
+        RequestError, match=r"resume_from=5: .* has no checkpoint of that step; it has those of 4, 6, 8$"
+    ):
+        plan(config(latents, output, resume_from=5))
+    assert plan(config(latents, output, resume_from=6)).output_bytes > 0
+    assert train(config(latents, output, resume_from=6)).step == 8
+    assert_bitwise(state(output), state(uninterrupted.output))
+    assert train(config(latents, output, max_steps=9, resume_from=6)).step == 9, "the same command goes on"
+    assert read_full(checkpoint_url(str(output), 8), "master"), "and does not go back again"
 
 
 @pytest.mark.parametrize(
@@ -330,6 +339,7 @@ def test_a_run_that_goes_on_needs_room_for_what_is_missing_only(
     assert bytes_each(new) == 4 * 20 + 4 * 4  # at most keep_last + 1 at a time
     assert bytes_each(new, checkpoint_every=5) == 2 * 20 + 2 * 4
     assert bytes_each(new, max_steps=800, keep_last=1) == 2 * 20 + 400 * 4
+    assert bytes_each(new, keep_last=1, keep_every=4) == 4 * 20 + 4 * 4
     assert bytes_each(output) == 0
     assert bytes_each(output, max_steps=12) == 1 * 20 + 2 * 4  # three checkpoints are there
     assert bytes_each(output, max_steps=12, keep_last=1) == 1 * 20 + 2 * 4
