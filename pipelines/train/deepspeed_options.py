@@ -28,11 +28,11 @@ ALLOWED = frozenset(
         """
         allgather_bucket_size allgather_partitions contiguous_gradients enable_sanity_checks ignore_unused_parameters
         log_trace_cache_warnings memory_efficient_linear offload_optimizer.device offload_optimizer.pin_memory
-        offload_param.device offload_param.pin_memory overlap_comm parameter_alignment reduce_bucket_size
-        reduce_scatter round_robin_gradients stage3_allgather_sequential stage3_max_live_parameters
-        stage3_max_reuse_distance stage3_model_persistence_threshold stage3_module_granularity_threshold
-        stage3_param_persistence_threshold stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params
-        sub_group_size use_multi_rank_bucket_allreduce
+        offload_param.device offload_param.pin_memory overlap_comm reduce_bucket_size reduce_scatter
+        stage3_allgather_sequential stage3_max_live_parameters stage3_max_reuse_distance
+        stage3_model_persistence_threshold stage3_module_granularity_threshold stage3_param_persistence_threshold
+        stage3_prefetch_bucket_size stage3_use_all_reduce_for_fetch_params sub_group_size
+        use_multi_rank_bucket_allreduce
         """,
         f"{_ZERO}.",
     )
@@ -84,6 +84,9 @@ _ADVICE = {
     ),
     "leave it out: nothing is offloaded to NVMe": _keys("aio"),
     "give zero_stage": _keys("stage", f"{_ZERO}."),
+    "leave it out: checkpoints know one order of the weights in DeepSpeed's buffers": _keys(
+        "parameter_alignment round_robin_gradients", f"{_ZERO}."
+    ),
     "leave it out: clipping and the guard need the norm": _keys("compute_grad_norm", f"{_ZERO}."),
     f"give {_ZERO}.offload_optimizer.device=cpu": _keys(
         """cpu_offload cpu_offload_use_pin_memory zenflow offload_optimizer.super_offload offload_optimizer.ratio

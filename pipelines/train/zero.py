@@ -138,11 +138,12 @@ def initialize(
         # Fused: on the flat buffers of a DiT-S the plain one took ten times as long on two cores.
         return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
+    linear = nn.functional.linear
     inner, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config)
     # DeepSpeed's own groups take torch's default, 10 minutes with NCCL, whatever the first one was made with.
     for group in (torch.distributed.group.WORLD, inner.seq_data_parallel_group):
         torch.distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)
-    return Engine(inner, clip, persistent)
+    return Engine(inner, clip, persistent, linear)
 
 
 def all_gather(value: Any) -> list[Any]:
@@ -172,12 +173,15 @@ def import_deepspeed() -> Any:
 class Engine:
     """One rank's training engine: `loss = f(engine(...)); engine.backward(loss); engine.step(learning_rate)`."""
 
-    def __init__(self, inner: DeepSpeedEngine, gradient_clipping: float, persistent_buffers: set[str]) -> None:
+    def __init__(
+        self, inner: DeepSpeedEngine, gradient_clipping: float, persistent_buffers: set[str], linear: Any
+    ) -> None:
         self.inner = inner
         self.module: nn.Module = inner.module
         self.device: torch.device = torch.device(inner.device)
         self.state = ShardedState(inner, persistent_buffers)
         self._gradient_clipping = gradient_clipping
+        self._linear = linear
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward pass, under autocast where the precision is bf16."""
@@ -214,6 +218,7 @@ class Engine:
     def close(self) -> None:
         """Frees DeepSpeed's hooks and buffers; another engine may then be made in this process."""
         self.inner.destroy()
+        nn.functional.linear = self._linear  # ZeRO-3 puts its own there, with other rounding, and leaves it
 
 
 def _freeze(module: nn.Module) -> None:

@@ -35,13 +35,14 @@ def scenario(rank: int, world: int) -> dict[tuple[int, str], dict[str, Any]]:
             "buffers": sorted(state.buffers),
         }
         ema = Ema(state, PROFILES)
-        case["losses"], case["norms"] = [], []
+        case["losses"], case["norms"], case["masters"] = [], [], [case["primed"]]
         for step in range(STEPS):
             done, losses = tiny.train_step(run, step)
             assert done.applied
             ema.update()
             case["losses"].append(losses)
             case["norms"].append(done.grad_norm)
+            case["masters"].append([piece for piece in tiny.snapshot(run) if piece[0] == "master"])
         case["trained"], case["trained_step"] = tiny.snapshot(run, ema), state.optimizer_step
         case["poisoned"], _ = tiny.train_step(run, STEPS, poison=rank == world - 1)
         case["after_poison"], case["after_poison_step"] = tiny.snapshot(run), state.optimizer_step
@@ -118,16 +119,19 @@ def test_training_clipping_and_ema_are_those_of_plain_pytorch(ranks, stage, prec
 @pytest.mark.parametrize(("stage", "precision"), CASES)
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.name)
 def test_sharded_ema_is_the_ema_of_the_whole_model(ranks, stage, precision, profile):
-    whole = tiny.assemble(rank[stage, precision]["trained"] for rank in ranks)
-    initial = {name: p.detach().flatten().clone() for name, p in tiny.Tiny(0).named_parameters()}
-    _, _, weights = reference(len(ranks), precision)
-    expected = {name: initial[name].double() for name in weights[0]}
-    for k, after_step in enumerate(weights):
+    cases = [rank[stage, precision] for rank in ranks]
+    whole = tiny.assemble(case["trained"] for case in cases)
+    masters = [tiny.assemble(case["masters"][step] for case in cases) for step in range(STEPS + 1)]
+    names = [name for kind, name in masters[-1] if kind == "master"]
+    expected = {name: masters[0]["master", name] for name in names}
+    for k, after_step in enumerate(masters[1:]):
         decay = min(profile.decay, (1 + k) / (10 + k))
-        expected = {n: decay * expected[n] + (1 - decay) * w.double() for n, w in after_step.items()}
+        expected = {name: decay * expected[name] + (1 - decay) * after_step["master", name] for name in names}
+    assert len(names) == 6
     for name, average in expected.items():
-        assert not torch.equal(whole[f"ema.{profile.name}", name], whole["master", name])
-        torch.testing.assert_close(whole[f"ema.{profile.name}", name], average.float(), rtol=2e-5, atol=2e-6)
+        found = whole[f"ema.{profile.name}", name]
+        assert not torch.equal(found, masters[-1]["master", name])
+        torch.testing.assert_close(found, average, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("stage", "precision"), CASES)
