@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.autoencoder import Autoencoder
+from ldm.denoiser import compile_denoiser
 from ldm.diffusion import DiffusionConfig
 from ldm.editing import invert, keep_known, noised, paste, slerp, to_latent_mask
 from ldm.latents.batch import channels
@@ -167,7 +168,7 @@ def load_sampler(
     if precision == "bf16":
         denoiser = denoiser.bfloat16()
     if compile:
-        denoiser.compile()
+        compile_denoiser(denoiser)
     return PictureSampler(
         denoiser,
         snapshot.load_autoencoder(device),
