@@ -6,11 +6,8 @@ import uuid
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ldm import storage
 from ldm.config import RequestError
-from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import fingerprint_hash
 from ldm.snapshot import read_snapshot
@@ -21,6 +18,7 @@ from pipelines.tracking import Tracker
 from pipelines.train.checkpoint import newest_checkpoint
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig, check_unused, trajectory
+from pipelines.train.estimate import meta_denoiser
 from pipelines.train.loop import open_latents, snapshot_url, train_worker
 from pipelines.train.record import (
     RunRecord,
@@ -62,6 +60,11 @@ class TrainPlan:
         return tuple(manifest.generation for manifest in self.dataset.manifests)
 
     @property
+    def step(self) -> int:
+        """The optimizer step that the run goes on from."""
+        return int(read_marker(self.checkpoint)["progress"]["step"]) if self.checkpoint and self.record else 0
+
+    @property
     def fingerprint(self) -> str:
         return fingerprint_hash(self.dataset.manifest.fingerprint)
 
@@ -77,13 +80,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     _check_batch(config)
     if record is None:
         check_unused(config.diffusion)
-    with torch.device("meta"):
-        denoiser = build_denoiser(
-            config.denoiser,
-            in_channels=dataset.latent_shape[0],
-            sample_size=dataset.latent_shape[1:],
-            num_classes=dataset.num_classes or None,
-        )
+    denoiser = meta_denoiser(config, dataset)
     notes: tuple[str, ...] = ()
     if config.init_from and checkpoint is None:
         snapshot = read_snapshot(config.init_from, "init_from")
