@@ -25,7 +25,7 @@ STAGES = {
     "demo": "the whole path on 1,797 handwritten digits: encode, train, serve, evaluate",
     "inspect": "what is in image shards or in a latent dataset, and what encoding would take",
     "encode": "image shards to a latent dataset, with a frozen autoencoder, on Ray",
-    "verify": "a latent dataset checked against its manifest, quickly or to the last byte",
+    "verify": "a latent dataset checked against its manifest; with --resume, whether training resumes exactly here",
     "convert": "a table joined to a latent dataset's columns; a snapshot to diffusers; a DiT of others to a snapshot",
     "train": "a latent dataset to snapshots, with DeepSpeed ZeRO under Ray Train; run again, it goes on",
     "sample": "a snapshot to pictures, on this machine",
@@ -83,8 +83,11 @@ def _run(arguments: list[str]) -> int:
 def stage_module(verb: str) -> ModuleType:
     """The module jobs.VERB: StageConfig, run(config) -> report, dry_run(config) -> text. Raises RequestError.
 
+    In place of its text, dry_run may return a report whose str() is the text.
+
     It may have POSITIONAL, the key that arguments without `=` are the value of, and show(report) -> text for a person;
-    or FORMS, where a key among the arguments chooses the configuration: {key: (StageConfig, POSITIONAL)}.
+    or FORMS, where a key among the arguments chooses the configuration: {key: (StageConfig, POSITIONAL)}; or SWITCHES,
+    options that stand for another configuration: {name: StageConfig}.
     """
     if verb not in STAGES:
         near = difflib.get_close_matches(verb, [*STAGES, "submit"], n=1)
@@ -98,7 +101,7 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
 
     None in place of it where nothing is to be run: --help, --print-config and --dry-run are answered here.
     """
-    forms = _forms(stage_module(verb))
+    forms, others = _forms(stage_module(verb)), switches(verb)
     parser = Parser(prog=f"ldm {verb}", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", action="append", default=[])
@@ -107,11 +110,16 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
     parser.add_argument("--print-config", action="store_true")
     if any("preview" in model.model_fields for model, _ in forms.values()):
         parser.add_argument("--preview", type="preview={}".format, action="append", dest="named", default=[])
+    for name in others:
+        parser.add_argument(f"--{name}", action="store_const", const=name, dest="switch", default=None)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(list(arguments))
     if options.help:
-        print("\n\n".join(_stage_help(verb, model, main_key) for model, main_key in forms.values()))
+        pages = [_stage_help(verb, model, main_key) for model, main_key in forms.values()]
+        print("\n\n".join(pages + [_stage_help(f"{verb} --{name}", model, None) for name, model in others.items()]))
         return options, None
+    if getattr(options, "switch", None):
+        forms = {"": (others[options.switch], None)}
     layers = [(name, load_yaml(find_config(name))) for name in options.config]
     given = {text.partition("=")[0] for text in options.overrides}.union(*(values for _, values in layers))
     if len(forms) > 1 and not given & forms.keys():
@@ -123,7 +131,11 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
         print(yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False), end="")
         return options, None
     if options.dry_run:
-        print(stage_module(verb).dry_run(config))
+        planned = stage_module(verb).dry_run(config)
+        if isinstance(planned, str):
+            print(planned)
+        else:
+            show_report(planned, options.json, str)
         return options, None
     return options, config
 
@@ -132,6 +144,12 @@ def _forms(stage: ModuleType) -> dict[str, tuple[type[Config], str | None]]:
     """The configurations of a stage, and the main key of each; most have one."""
     forms: dict[str, tuple[type[Config], str | None]] = getattr(stage, "FORMS", {})
     return forms or {"": (stage.StageConfig, getattr(stage, "POSITIONAL", None))}
+
+
+def switches(verb: str) -> dict[str, type[Config]]:
+    """Options of a stage that stand for a configuration of their own."""
+    found: dict[str, type[Config]] = getattr(stage_module(verb), "SWITCHES", {})
+    return found
 
 
 def _split(arguments: list[str], main_key: str | None) -> tuple[list[str], dict[str, Any]]:
@@ -199,7 +217,8 @@ def _overview() -> str:
 
 
 def _stage_help(verb: str, model: type[Config], main_key: str | None) -> str:
-    purpose = (model.__doc__ or "").splitlines()[0] if hasattr(stage_module(verb), "FORMS") else STAGES[verb] + "."
+    of_its_own = " --" in verb or hasattr(stage_module(verb), "FORMS")
+    purpose = (model.__doc__ or "").splitlines()[0] if of_its_own else STAGES[verb] + "."
     place = f" {main_key.upper()}" if main_key else ""
     preview = " [--preview FILE]" if "preview" in model.model_fields else ""
     lines = [

@@ -1,10 +1,8 @@
 """`ldm demo`: the whole path on real handwritten digits, through the commands and configs that a user would use."""
 
 import contextlib
-import hashlib
 import os
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -14,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -29,7 +26,8 @@ from ldm.latents.writer import sample_id
 from ldm.shards import ShardReader
 from pipelines import cluster
 from pipelines.progress import Progress, say
-from pipelines.train.checkpoint import newest_checkpoint, read_full
+from pipelines.train.checkpoint import checkpoint_url, newest_checkpoint
+from pipelines.train.selfcheck import compare, killing
 
 HOLDOUT = 0.2
 """Share of the digits that nothing is trained on; the same digits in every stage (a hash of the id decides)."""
@@ -184,58 +182,15 @@ def _check_resume(folder: Path) -> bool:
     killed, alone = f"{folder}/resume-check/killed", f"{folder}/resume-check/uninterrupted"
     _stage("train", {"latents": f"{folder}/latents", "output": alone}, "demo-resume-check")
     storage.remove(killed)  # of an earlier demonstration: a run that is done shows nothing
-    with _killer(killed) as kills:
+    with killing(killed) as kills:
         _stage("train", {"latents": f"{folder}/latents", "output": killed}, "demo-resume-check")
-    if not kills or kills[0] == newest_checkpoint(killed):
+    if not kills or checkpoint_url(killed, kills[0]) == newest_checkpoint(killed):
         raise RuntimeError("the run was over before its worker could be killed: nothing was shown; run it again")
-    left_alone, resumed = _hash_state(alone), _hash_state(killed)
-    same = resumed == left_alone
-    say(f"resumed == uninterrupted: {'yes' if same else 'NO'} (sha256 {resumed[:16]}…)")
-    if not same:
-        raise RuntimeError(f"the resumed run differs: sha256 {resumed} != {left_alone}")
-    return same
-
-
-def _hash_state(output: str) -> str:
-    """sha256 over the last checkpoint's weights, moments and moving average, in the order of the names."""
-    checkpoint = newest_checkpoint(output)
-    assert checkpoint is not None
-    digest = hashlib.sha256()
-    for kind in ("master", "exp_avg", "exp_avg_sq", "ema.main"):
-        for name, tensor in sorted(read_full(checkpoint, kind).items()):
-            digest.update(f"{kind}/{name}".encode())
-            digest.update(tensor.numpy().tobytes())
-    return digest.hexdigest()
-
-
-@contextlib.contextmanager
-def _killer(output: str) -> Iterator[list[str]]:
-    """Kills one training worker with SIGKILL once there is a checkpoint to go on from; yields a list of that one."""
-    stop, kills = threading.Event(), []
-
-    def kill() -> None:
-        while not stop.wait(0.02):
-            if newest_checkpoint(output):
-                workers = [p for p in psutil.Process().children(recursive=True) if _is_training_worker(p)]
-                if workers:
-                    kills.append(str(newest_checkpoint(output)))
-                    say(f"kill -9 {workers[-1].pid}  (a training worker)")
-                    os.kill(workers[-1].pid, signal.SIGKILL)
-                    return
-
-    thread = threading.Thread(target=kill, name="killer", daemon=True)
-    thread.start()
-    try:
-        yield kills
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _is_training_worker(process: psutil.Process) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return process.cmdline()[0].startswith("ray::RayTrainWorker")
-    return False
+    found = compare(alone, killed)
+    say(f"resumed == uninterrupted: {found.first or 'yes'} ({found.compared:,} numbers compared, bit by bit)")
+    if found.first:
+        raise RuntimeError(f"the resumed run differs: {found.first}")
+    return True
 
 
 def _program(name: str) -> str:

@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from ldm import storage
-from ldm.activations import checkpoint_activations
 from ldm.config import RequestError
-from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import fingerprint_hash
 from ldm.snapshot import read_snapshot
@@ -19,6 +15,7 @@ from pipelines.tracking import Tracker
 from pipelines.train.build import engine_settings, open_latents
 from pipelines.train.checkpoint import read_progress
 from pipelines.train.config import TrainConfig, check_unused, trajectory
+from pipelines.train.estimate import meta_denoiser
 from pipelines.train.loop import snapshot_url, tracking_url
 from pipelines.train.record import (
     RunRecord,
@@ -63,6 +60,11 @@ class TrainPlan:
         return tuple(manifest.generation for manifest in self.dataset.manifests)
 
     @property
+    def step(self) -> int:
+        """The optimizer step that the run goes on from."""
+        return int(read_progress(self.checkpoint)["step"]) if self.checkpoint and self.record else 0
+
+    @property
     def fingerprint(self) -> str:
         return fingerprint_hash(self.dataset.manifest.fingerprint)
 
@@ -80,15 +82,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     engine_settings(config, 1, world)
     if record is None:
         check_unused(config.diffusion)
-    with torch.device("meta"):
-        denoiser = build_denoiser(
-            config.denoiser,
-            in_channels=dataset.latent_shape[0],
-            sample_size=dataset.latent_shape[1:],
-            num_classes=dataset.num_classes or None,
-        )
-        if config.activation_checkpointing:
-            checkpoint_activations(denoiser)
+    denoiser = meta_denoiser(config, dataset)
     notes: tuple[str, ...] = ()
     if config.init_from and checkpoint is None:
         snapshot = read_snapshot(config.init_from, "init_from")

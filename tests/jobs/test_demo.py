@@ -38,7 +38,7 @@ def test_the_whole_path(shorter: None, ray_session: None, tmp_path: Path, capsys
     assert code == 0, said
     assert "1,799 = 1,797 encoded + 0 filtered + 2 quarantined" in said
     assert "(a training worker)" in said  # the kill happened
-    assert "resumed == uninterrupted: yes (sha256 " in said
+    assert "resumed == uninterrupted: yes (" in said
     assert "$ ldm train --config demo-train latents=" in said
     assert "first samples, " in said and "mlflow ui --backend-store-uri" in said
     for picture in ("first-grid/grid.png", "evaluation/grid.png"):

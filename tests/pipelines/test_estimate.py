@@ -1,0 +1,100 @@
+"""The estimate of memory against what DeepSpeed really holds, and what a dry run says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from jobs import cli
+from ldm.autoencoder import Autoencoder
+from ldm.cost import LiveBytes, cost
+from ldm.denoiser import DenoiserConfig, build_denoiser
+from pipelines.train import zero
+from pipelines.train.ema import Ema, EmaProfile
+from pipelines.train.estimate import memory
+from tests.pictures import kl_model, latent_dataset
+from tests.pipelines import gloo
+
+DENOISER = DenoiserConfig(hidden_size=192, depth=3, num_heads=3)
+SHAPE = (4, 8, 8)
+MICRO_BATCH = 4
+CASES = [(stage, precision, steps) for stage in zero.STAGES for precision in zero.PRECISIONS for steps in (1, 2)]
+
+
+def denoiser() -> torch.nn.Module:
+    return build_denoiser(DENOISER, in_channels=4, sample_size=SHAPE[1:], num_classes=10)
+
+
+def held(rank: int, world: int) -> dict[tuple[int, str, int], int]:
+    """The most bytes of tensors that a rank holds in its second step, by (stage, precision, micro-batches)."""
+    return {case: _held(world, *case) for case in CASES}
+
+
+def _held(world: int, stage: int, precision: str, micro_steps: int) -> int:
+    with LiveBytes() as live:
+        config = zero.deepspeed_config(
+            stage=stage,
+            precision=precision,
+            global_batch_size=MICRO_BATCH * world * micro_steps,
+            micro_batch_size=MICRO_BATCH,
+            world=world,
+        )
+        model = denoiser()
+        # As large as the model: a bucket of 50 million elements would hide all else.
+        elements = sum(p.numel() for p in model.parameters())
+        for bucket in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+            config["zero_optimization"][bucket] = elements
+        engine = zero.initialize(model, config)
+        ema = Ema(engine.state, [EmaProfile("main", 0.9999), EmaProfile("short", 0.999)])
+        for _ in range(2):
+            live.peak = live.live
+            for _ in range(micro_steps):
+                t = labels = torch.zeros(MICRO_BATCH, dtype=torch.int64)
+                loss = engine(torch.ones(MICRO_BATCH, *SHAPE), t, labels).float().square().mean()
+                engine.backward(loss)
+                engine.step(1e-4)
+            ema.update()
+        engine.close()
+    return live.peak
+
+
+@pytest.fixture(scope="module")
+def ranks() -> list[dict[tuple[int, str, int], int]]:
+    return gloo.run(held, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "precision", "micro_steps"), CASES)
+def test_memory_is_what_deepspeed_holds(ranks, stage, precision, micro_steps):
+    with torch.device("meta"):
+        costs = cost(denoiser(), SHAPE, precision, has_labels=True)
+    estimate = memory(costs, stage=stage, world=2, micro_batch=MICRO_BATCH, accumulates=micro_steps > 1, averages=2)
+    for rank in ranks:
+        assert rank[stage, precision, micro_steps] == pytest.approx(estimate.total, rel=0.15), estimate
+
+
+def test_a_dry_run_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    autoencoder = Autoencoder(kl_model())
+    latent_dataset(str(tmp_path / "latents"), autoencoder)
+    autoencoder.save(str(tmp_path / "latents" / "autoencoder"))
+    command = f"train latents={tmp_path}/latents output={tmp_path}/run device=cpu max_steps=13 global_batch_size=8"
+    command += " num_workers=2 denoiser.hidden_size=16 denoiser.depth=1 denoiser.num_heads=2 denoiser.patch_size=1"
+    before = sorted(tmp_path.rglob("*"))
+    assert cli.main([*command.split(), "price_per_hour=3", "--dry-run", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["steps_per_epoch"], found["epochs"]) == (26 / 8, 4.0)
+    assert found["training_flops"] == 3 * found["forward_flops"]
+    assert found["total_flops"] == 13 * 8 * found["training_flops"]
+    seconds = found["total_flops"] / (2 * found["worker_flops_per_second"] * found["assumed_mfu"])
+    assert found["hours"] == pytest.approx(seconds / 3600)
+    assert found["price"] == pytest.approx(found["hours"] * 2 * 3)
+    assert [row["stage"] for row in found["memory"]] == [0, 1, 2, 3]
+    assert all(row["total"] > row["weights"] + row["optimizer"] + row["averages"] for row in found["memory"])
+    assert cli.main([*command.split(), "activation_checkpointing=true", "--dry-run"]) == 0
+    text = capsys.readouterr().out
+    assert "hours: assumed, not measured: 40% of the matmul rate of" in text and "\n  2 *" in text
+    assert "micro_batch_size=auto: the memory is for a worker's whole share of 4" in text and "price" not in text
+    assert sorted(tmp_path.rglob("*")) == before
