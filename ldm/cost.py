@@ -4,9 +4,10 @@ The model really runs, forward and backward, on fake tensors that have shapes an
 the user's own is counted as a DiT is. A multiply-add is 2 FLOPs (the DiT paper's "Gflops" are multiply-adds).
 """
 
+import contextlib
 import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -66,20 +67,11 @@ def cost(
     Raises UntraceableError where it cannot run without data.
     """
     parameters = list(denoiser.parameters())
-    copied = copy.deepcopy(denoiser)
-    try:
-        with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
-            fake = _on_fake_cpu(copied)
-            flops = _forward_flops(fake, _inputs(1, latent_shape, has_labels, timestep_dtype))
-            few, many = (
-                _peak(fake, _inputs(batch, latent_shape, has_labels, timestep_dtype), precision) for batch in (2, 4)
-            )
-    except Exception as error:  # whatever the user's own forward raises
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UntraceableError(
-            f"{type(denoiser).__name__}: cannot be counted, for it does not run on tensors without data "
-            f"({type(error).__name__}: {reason[:200]})"
-        ) from error
+    with _fake(denoiser) as fake:
+        flops = _forward_flops(fake, _inputs(1, latent_shape, has_labels, timestep_dtype))
+        few, many = (
+            _peak(fake, _inputs(batch, latent_shape, has_labels, timestep_dtype), precision) for batch in (2, 4)
+        )
     return Cost(
         parameters=sum(p.numel() for p in parameters),
         trainable_parameters=sum(p.numel() for p in parameters if p.requires_grad),
@@ -88,6 +80,33 @@ def cost(
         activation_bytes=(many - few) // 2,
         fixed_bytes=max(0, 2 * few - many),
     )
+
+
+def forward_flops(
+    denoiser: nn.Module,
+    latent_shape: tuple[int, int, int],
+    *,
+    has_labels: bool,
+    timestep_dtype: torch.dtype = torch.int64,
+) -> int:
+    """`Cost.forward_flops` alone, in a fraction of the time. Raises UntraceableError."""
+    with _fake(denoiser) as fake:
+        return _forward_flops(fake, _inputs(1, latent_shape, has_labels, timestep_dtype))
+
+
+@contextlib.contextmanager
+def _fake(denoiser: nn.Module) -> Iterator[nn.Module]:
+    """A copy without data, which is left to run; whatever the user's own forward raises is an UntraceableError."""
+    copied = copy.deepcopy(denoiser)
+    try:
+        with torch.device("cpu"), FakeTensorMode(allow_non_fake_inputs=True):
+            yield _on_fake_cpu(copied)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UntraceableError(
+            f"{type(denoiser).__name__}: cannot be counted, for it does not run on tensors without data "
+            f"({type(error).__name__}: {reason[:200]})"
+        ) from error
 
 
 def _on_fake_cpu(denoiser: nn.Module) -> nn.Module:

@@ -5,7 +5,7 @@ from typing import Any
 
 from ldm.activations import checkpoint_activations
 from ldm.config import RequestError
-from ldm.denoiser import build_denoiser
+from ldm.denoiser import build_denoiser, compile_denoiser
 from ldm.latents.cache import Cache
 from ldm.latents.choice import Split
 from ldm.latents.dataset import LatentDataset
@@ -57,7 +57,7 @@ def build_engine(config: TrainConfig, dataset: LatentDataset, micro_batch: int, 
     if config.activation_checkpointing:
         checkpoint_activations(denoiser)
     if config.compile:
-        denoiser.compile()
+        compile_denoiser(denoiser)
     settings = engine_settings(config, micro_batch, world)
     return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
 

@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from torch import nn
 
 from ldm import storage
 from ldm.activations import checkpoint_activations
-from ldm.cost import Cost, UntraceableError, cost
+from ldm.cost import Cost, UntraceableError, cost, forward_flops
 from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
 from pipelines import cluster
@@ -107,13 +108,17 @@ def meta_denoiser(config: TrainConfig, dataset: LatentDataset) -> nn.Module:
 
 def denoiser_cost(config: TrainConfig, dataset: LatentDataset) -> Cost:
     """Raises UntraceableError."""
-    return cost(
-        meta_denoiser(config, dataset),
-        dataset.latent_shape,
-        config.precision,
-        has_labels=bool(dataset.num_classes),
-        timestep_dtype=torch.float32 if config.diffusion.is_flow else torch.int64,
-    )
+    return cost(meta_denoiser(config, dataset), dataset.latent_shape, config.precision, **_inputs(config, dataset))
+
+
+def training_flops(config: TrainConfig, dataset: LatentDataset) -> int:
+    """Of one image, as `Cost.training_flops`. Raises UntraceableError."""
+    return 3 * forward_flops(meta_denoiser(config, dataset), dataset.latent_shape, **_inputs(config, dataset))
+
+
+def _inputs(config: TrainConfig, dataset: LatentDataset) -> dict[str, Any]:
+    dtype = torch.float32 if config.diffusion.is_flow else torch.int64
+    return {"has_labels": bool(dataset.num_classes), "timestep_dtype": dtype}
 
 
 def memory_by_stage(config: TrainConfig, costs: Cost, micro_batch: int, world: int) -> list[Memory]:

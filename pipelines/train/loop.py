@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm import storage
+from ldm.cost import UntraceableError
 from ldm.latents.batch import LatentBatch
 from ldm.snapshot import read_snapshot, write_snapshot
 from pipelines.tracking import PROGRESS_KEY, Tracker
@@ -23,6 +24,7 @@ from pipelines.train.checkpoint import read_full
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema import Ema
+from pipelines.train.estimate import matmul_rate, training_flops
 from pipelines.train.guard import Guard, Samples, Usual, poisoned
 from pipelines.train.meter import Meter
 from pipelines.train.objective import Objective
@@ -65,6 +67,7 @@ class Worker:
         self.ema = Ema(self.engine.state, ema_profiles(config))
         self.guard = Guard(config.output, config.skip_limit, Usual())
         self.meter = self._build_meter()
+        times.done("meter")
         self.validation = self._build_validation(generations, exclusions)
         self.saver = self._build_saver()
         self.step, self.batches_read = 0, 0
@@ -171,7 +174,13 @@ class Worker:
             self._answer(stop)
 
     def _build_meter(self) -> Meter:
-        return Meter(self.config.global_batch_size, self.world, 1.0, 1.0)
+        """Every rank measures its matmul rate, at the same time as those that share its cores."""
+        rate = matmul_rate(self.config.precision, self.device.type, torch.get_num_threads()).flops_per_second
+        flops = None
+        if self.rank == 0:  # whose points are logged
+            with contextlib.suppress(UntraceableError):  # then there is no MFU
+                flops = training_flops(self.config, self.dataset)
+        return Meter(self.config.global_batch_size, self.world, flops, rate)
 
     def _build_validation(self, generations: list[str], exclusions: dict[int, str]) -> Validation:
         config, holdout = self.config, None

@@ -34,12 +34,12 @@ class Clock:
 class Meter:
     """Sums up steps, and turns them into the metrics of a point.
 
-    flops_per_image: of training. matmul_flops: that one worker computes in a second, measured.
+    flops_per_image: of training; None where they are not known. matmul_flops: of one worker in a second, measured.
     """
 
-    def __init__(self, global_batch_size: int, world: int, flops_per_image: float, matmul_flops: float) -> None:
+    def __init__(self, global_batch_size: int, world: int, flops_per_image: float | None, matmul_flops: float) -> None:
         self.global_batch_size = global_batch_size
-        self._share_of_an_image_a_second = flops_per_image / (matmul_flops * world)
+        self._flops_per_image, self._matmul_flops = flops_per_image, matmul_flops * world
         self.window, self.clock = Window(), Clock()
 
     def state(self) -> dict[str, Any]:
@@ -76,7 +76,8 @@ class Meter:
             "train/skipped_steps": window.skipped,
             "perf/images_per_second": rate,
             "perf/step_seconds": seconds / max(1, clock.steps),
-            "perf/mfu": rate * self._share_of_an_image_a_second,
+            **({"perf/mfu": rate * self._flops_per_image / self._matmul_flops} if self._flops_per_image else {}),
+            "perf/matmul_tflops": self._matmul_flops / 1e12,
             "perf/memory_gb": peak_memory(device) / 1e9,
             "data/wait_share": clock.waited / seconds,
         }

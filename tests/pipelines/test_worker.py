@@ -166,6 +166,7 @@ def test_a_nan_on_one_rank_skips_the_step_on_all(runs: Runs) -> None:
         logged = ranks[0]["points"]
         assert [at for at, point in logged if "train/loss" in point] == [16, 32]
         assert [point["train/skipped_steps"] for _, point in logged if "train/loss" in point] == [1, 1]
+        assert all(0 < point["perf/mfu"] < 1 for _, point in logged if "train/loss" in point)
         assert all(map(math.isfinite, (v for _, point in logged for v in point.values())))
         assert ranks[0]["points"][0][1]["train/loss"] == ranks[1]["points"][0][1]["train/loss"]
 
