@@ -10,16 +10,16 @@ from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor, nn
 
 from ldm.config import Config, RequestError, parse
-from ldm.denoiser import DenoiserConfig, build_denoiser
+from ldm.denoiser import DenoiserConfig, build_denoiser, compile_denoiser
 from ldm.diffusion import Diffusion, DiffusionConfig
-from ldm.dit import Block, DiT, DiTConfig, SwiGLU, rotary_embedding, rotate
+from ldm.dit import Block, DiT, DiTConfig, SwiGLU, attention, rotary_embedding, rotate
 
 TINY: dict[str, Any] = {"hidden_size": 32, "depth": 2, "num_heads": 2}
 ALL = {"qk_norm": True, "norm": "rmsnorm", "mlp": "swiglu", "positions": "rotary", "learned_sigma": True}
 
 
 def build(size: tuple[int, int] = (8, 8), **options: Any) -> DiT:
-    denoiser = build_denoiser(DenoiserConfig(**TINY, **options), in_channels=4, sample_size=size, num_classes=10)
+    denoiser = build_denoiser(DenoiserConfig(**TINY | options), in_channels=4, sample_size=size, num_classes=10)
     assert isinstance(denoiser, DiT)
     return denoiser
 
@@ -151,3 +151,23 @@ def test_wrong_options_are_refused(overrides, expected):
     with pytest.raises(RequestError) as refused:
         parse(Request, [], [f"denoiser.{override}" for override in overrides])
     assert str(refused.value).startswith(expected)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_attention_by_matmuls_is_the_fused_one(dtype, bound):
+    q, k, v = torch.randn(3, 2, 6, 64, 24, generator=torch.Generator().manual_seed(4)).to(dtype)  # 24^-0.5 is no bf16
+    found, expected = attention(q, k, v), F.scaled_dot_product_attention(*(x.double() for x in (q, k, v)))
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=bound)
+
+
+@pytest.mark.slow
+def test_compiled_it_has_the_same_answers_gradients_and_names():
+    eager, compiled = filled(build(depth=3)), filled(build(depth=3))
+    compile_denoiser(compiled)
+    assert compiled.state_dict().keys() == eager.state_dict().keys()
+    for denoiser in (eager, compiled):
+        denoiser(*inputs()).square().sum().backward()
+    torch.testing.assert_close(compiled(*inputs()), eager(*inputs()), rtol=0, atol=1e-5)
+    for (name, one), other in zip(eager.named_parameters(), compiled.parameters(), strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-5 * one.grad.norm(), name
