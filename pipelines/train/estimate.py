@@ -111,21 +111,16 @@ def denoiser_cost(config: TrainConfig, dataset: LatentDataset) -> Cost:
     )
 
 
-def memory_by_stage(config: TrainConfig, costs: Cost, micro_batch: int) -> list[Memory]:
-    """Memory of one worker of this run, under each ZeRO stage."""
-    accumulates = micro_batch * config.num_workers < config.global_batch_size
-    profiles = 1 if config.ema.short_decay is None else 2
-    return [
-        memory(
-            costs,
-            stage=stage,
-            world=config.num_workers,
-            micro_batch=micro_batch,
-            accumulates=accumulates,
-            averages=profiles,
-        )
-        for stage in zero.STAGES
-    ]
+def memory_of_run(config: TrainConfig, costs: Cost, micro_batch: int, stage: int) -> Memory:
+    """Memory of one worker of this run, under a ZeRO stage."""
+    return memory(
+        costs,
+        stage=stage,
+        world=config.num_workers,
+        micro_batch=micro_batch,
+        accumulates=micro_batch * config.num_workers < config.global_batch_size,
+        averages=1 if config.ema.short_decay is None else 2,
+    )
 
 
 def matmul_rate(precision: str, device: str, threads: int) -> Rate:
@@ -221,7 +216,7 @@ def estimate(config: TrainConfig, dataset: LatentDataset, what: str, output_byte
         training_flops=costs.training_flops if costs else None,
         total_flops=total,
         micro_batch_size=micro_batch,
-        memory=[_row(m) for m in memory_by_stage(config, costs, micro_batch)] if costs else [],
+        memory=[_row(memory_of_run(config, costs, micro_batch, n)) for n in zero.STAGES] if costs else [],
         zero_stage=config.zero_stage,
         steps_per_epoch=round(steps_per_epoch, 2),
         epochs=round(config.max_steps / steps_per_epoch, 2),

@@ -30,6 +30,7 @@ from pipelines.train import zero
 from pipelines.train.checkpoint import load_checkpoint, newest_checkpoint, prune, read_full, save_checkpoint
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema import Ema, EmaProfile
+from pipelines.train.microbatch import micro_batch_size
 
 EMA_PROFILE = "main"
 
@@ -96,14 +97,13 @@ class Worker:
         self.config, self.tracker, self.board = config, tracker, board
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.share = config.global_batch_size // self.world
-        self.micro_batch = self.share if config.micro_batch_size == "auto" else int(config.micro_batch_size)
         self.dataset = open_latents(config, generations, exclusions)
+        # One rank decides for all: they might not see the same newest one.
+        self.checkpoint: str | None = zero.all_gather(newest_checkpoint(config.output))[0]
         self.engine = self._build_engine()
         self.device = self.engine.device
         self.diffusion = Diffusion(config.diffusion, self.device)
         self.ema = Ema(self.engine.state, [EmaProfile(EMA_PROFILE, config.ema.decay)])
-        # One rank decides for all: they might not see the same newest one.
-        self.checkpoint: str | None = zero.all_gather(newest_checkpoint(config.output))[0]
         progress = {}
         if self.checkpoint:
             progress = load_checkpoint(self.checkpoint, self.engine.state, self.ema, zero.all_gather)
@@ -160,6 +160,10 @@ class Worker:
         if config.init_from and newest_checkpoint(config.output) is None:
             snapshot = read_snapshot(config.init_from, "init_from")
             denoiser.load_state_dict(initial_weights(snapshot, config.denoiser, denoiser))
+        device = torch.device(os.environ["DS_ACCELERATOR"], int(os.environ["LOCAL_RANK"]))
+        self.micro_batch = micro_batch_size(
+            config, denoiser, dataset, device, self.checkpoint, by_trial=device.type == "cuda"
+        )
         settings = zero.deepspeed_config(
             stage=config.zero_stage,
             precision=config.precision,
@@ -230,7 +234,8 @@ class Worker:
 
     def _save(self) -> None:
         """Checkpoint on all ranks, then rank 0 writes the snapshot from its files."""
-        progress = {"step": self.step, "images_seen": self.images_seen, "loss": self.loss}
+        progress: dict[str, Any] = {"step": self.step, "images_seen": self.images_seen, "loss": self.loss}
+        progress["micro_batch_size"] = self.micro_batch
         self.checkpoint = save_checkpoint(self.config.output, self.engine.state, self.ema, progress, zero.all_gather)
         self._write_snapshot()
         if self.rank == 0:

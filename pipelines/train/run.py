@@ -168,7 +168,7 @@ def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
         checkpoint=storage.absolute(todo.checkpoint),
         images_per_second=0.0,
         run_id=todo.record.run_id,
-        **progress,
+        **{key: progress[key] for key in ("step", "images_seen", "loss")},
     )
 
 
