@@ -103,14 +103,15 @@ def check_resume(config: ResumeCheckConfig) -> ResumeCheckReport:
         if not was_there and storage.is_local(config.output):
             with contextlib.suppress(OSError):  # somebody else's files came into it meanwhile
                 storage.local_path(config.output).rmdir()
-    return _report(config, floor, found, kills)
+    return report(config, floor, found, kills)
 
 
-def _report(config: ResumeCheckConfig, floor: Difference, found: Difference, kills: list[int]) -> ResumeCheckReport:
+def report(config: ResumeCheckConfig, floor: Difference, found: Difference, kills: list[int]) -> ResumeCheckReport:
+    """The verdict. kills: the step of the checkpoint that was newest when the worker was killed."""
     if not kills or kills[0] >= config.steps:
         raise RuntimeError("the run was over before its worker could be killed: nothing was shown; give larger steps")
     ok = found.within(floor)
-    report = ResumeCheckReport(
+    made = ResumeCheckReport(
         ok=ok,
         verdict="equal" if not found.first else "within the floor" if ok else "different",
         floor=floor.largest,
@@ -121,8 +122,10 @@ def _report(config: ResumeCheckConfig, floor: Difference, found: Difference, kil
         resumed_from=kills[0],
         exit_code=0 if ok else 1,
     )
-    say(f"verify: resumed from step {report.resumed_from} of {report.steps}: {report.verdict}")
-    return report
+    say(
+        f"verify: resumed from step {made.resumed_from} of {made.steps}: {made.verdict}{', ' * bool(found.first)}{found.first}"
+    )
+    return made
 
 
 def _short(config: ResumeCheckConfig, output: str) -> TrainConfig:
