@@ -122,9 +122,8 @@ def report(config: ResumeCheckConfig, floor: Difference, found: Difference, kill
         resumed_from=kills[0],
         exit_code=0 if ok else 1,
     )
-    say(
-        f"verify: resumed from step {made.resumed_from} of {made.steps}: {made.verdict}{', ' * bool(found.first)}{found.first}"
-    )
+    where = f"; {found.first}" if found.first else ""
+    say(f"verify: resumed from step {made.resumed_from} of {made.steps}: {made.verdict}{where}")
     return made
 
 
