@@ -233,7 +233,10 @@ def _kill_worker() -> bool:
     node, pid = workers[-1]
     say(f"kill -9 {pid}  (a training worker)")
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.get(
-        ray.remote(os.kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pid, signal.SIGKILL)
-    )
+    kill = ray.remote(_sigkill).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    ray.get(kill.remote(pid))
     return True
+
+
+def _sigkill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
