@@ -3,9 +3,13 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import nn
+
+from ldm import denoiser as denoiser_module
 from ldm.activations import checkpoint_activations
 from ldm.config import RequestError
-from ldm.denoiser import build_denoiser, compile_denoiser
+from ldm.denoiser import compile_denoiser
 from ldm.latents.cache import Cache
 from ldm.latents.choice import Split
 from ldm.latents.dataset import LatentDataset
@@ -42,9 +46,9 @@ def open_latents(
     )
 
 
-def build_engine(config: TrainConfig, dataset: LatentDataset, micro_batch: int, world: int) -> zero.Engine:
-    """The denoiser, with fresh weights or those of `init_from`, in an engine. Collective."""
-    denoiser = build_denoiser(
+def build_denoiser(config: TrainConfig, dataset: LatentDataset) -> nn.Module:
+    """With fresh weights, or those of `init_from`."""
+    denoiser = denoiser_module.build_denoiser(
         config.denoiser,
         in_channels=dataset.latent_shape[0],
         sample_size=dataset.latent_shape[1:],
@@ -56,9 +60,14 @@ def build_engine(config: TrainConfig, dataset: LatentDataset, micro_batch: int, 
         denoiser.load_state_dict(initial_weights(snapshot, config.denoiser, denoiser))
     if config.activation_checkpointing:
         checkpoint_activations(denoiser)
+    return denoiser
+
+
+def build_engine(config: TrainConfig, denoiser: nn.Module, micro_batch: int) -> zero.Engine:
+    """The denoiser under DeepSpeed. Collective."""
     if config.compile:
         compile_denoiser(denoiser)
-    settings = engine_settings(config, micro_batch, world)
+    settings = engine_settings(config, micro_batch, torch.distributed.get_world_size())
     return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
 
 

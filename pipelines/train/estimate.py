@@ -121,20 +121,16 @@ def _inputs(config: TrainConfig, dataset: LatentDataset) -> dict[str, Any]:
     return {"has_labels": bool(dataset.num_classes), "timestep_dtype": dtype}
 
 
-def memory_by_stage(config: TrainConfig, costs: Cost, micro_batch: int, world: int) -> list[Memory]:
-    """Memory of one worker of this run, under each ZeRO stage."""
-    accumulates = micro_batch * world < config.global_batch_size
-    return [
-        memory(
-            costs,
-            stage=stage,
-            world=world,
-            micro_batch=micro_batch,
-            accumulates=accumulates,
-            averages=config.ema.num_profiles,
-        )
-        for stage in zero.STAGES
-    ]
+def memory_of_run(config: TrainConfig, costs: Cost, *, world: int, micro_batch: int, stage: int) -> Memory:
+    """Memory of one of `world` workers of this run, under a ZeRO stage."""
+    return memory(
+        costs,
+        stage=stage,
+        world=world,
+        micro_batch=micro_batch,
+        accumulates=micro_batch * world < config.global_batch_size,
+        averages=config.ema.num_profiles,
+    )
 
 
 def matmul_rate(precision: str, device: str, threads: int) -> Rate:
@@ -215,6 +211,11 @@ def estimate(config: TrainConfig, dataset: LatentDataset, what: str, output_byte
         costs = None
         notes.append(f"FLOPs, memory, hours: not known; {error}")
     rate, total, hours = None, None, None
+
+    def of_stage(stage: int) -> Memory:
+        assert costs is not None
+        return memory_of_run(config, costs, world=world, micro_batch=micro_batch, stage=stage)
+
     if costs is not None:
         todo = max(0, config.max_steps - begun) * config.global_batch_size
         total = todo * costs.hardware_flops(config.activation_checkpointing)
@@ -232,7 +233,7 @@ def estimate(config: TrainConfig, dataset: LatentDataset, what: str, output_byte
         training_flops=costs.training_flops if costs else None,
         total_flops=total,
         micro_batch_size=micro_batch,
-        memory=[_row(m) for m in memory_by_stage(config, costs, micro_batch, world)] if costs else [],
+        memory=[_row(of_stage(stage)) for stage in zero.STAGES] if costs else [],
         zero_stage=config.zero_stage,
         steps_per_epoch=round(steps_per_epoch, 2),
         epochs=round(config.max_steps / steps_per_epoch, 2),

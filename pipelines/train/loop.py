@@ -19,7 +19,7 @@ from ldm.latents.batch import LatentBatch
 from ldm.snapshot import read_snapshot, write_snapshot
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
-from pipelines.train.build import build_engine, ema_profiles, open_latents
+from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_latents
 from pipelines.train.checkpoint import read_full
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
@@ -27,6 +27,7 @@ from pipelines.train.ema import Ema
 from pipelines.train.estimate import matmul_rate, training_flops
 from pipelines.train.guard import Guard, Samples, Usual, poisoned
 from pipelines.train.meter import Meter
+from pipelines.train.microbatch import micro_batch_size
 from pipelines.train.objective import Objective
 from pipelines.train.resume import resume
 from pipelines.train.saver import Saver
@@ -57,10 +58,11 @@ class Worker:
         self.notices = Notices(board)
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.share = config.global_batch_size // self.world
-        self.micro_batch = self.share if config.micro_batch_size == "auto" else int(config.micro_batch_size)
         self.dataset = open_latents(config, generations, exclusions)
         times.done("latents")
-        self.engine = build_engine(config, self.dataset, self.micro_batch, self.world)
+        denoiser = build_denoiser(config, self.dataset)
+        self.micro_batch = micro_batch_size(config, denoiser, self.dataset)
+        self.engine = build_engine(config, denoiser, self.micro_batch)
         times.done("engine")
         self.device = self.engine.device
         self.objective = Objective(config, self.dataset, self.device)
@@ -234,6 +236,7 @@ class Worker:
             "guard": self.guard.state(),
             "meter": self.meter.state(),
             "best": self.best,
+            "micro_batch_size": self.micro_batch,
         }
         self.saver.save(progress)
 

@@ -103,14 +103,15 @@ def check_resume(config: ResumeCheckConfig) -> ResumeCheckReport:
         if not was_there and storage.is_local(config.output):
             with contextlib.suppress(OSError):  # somebody else's files came into it meanwhile
                 storage.local_path(config.output).rmdir()
-    return _report(config, floor, found, kills)
+    return report(config, floor, found, kills)
 
 
-def _report(config: ResumeCheckConfig, floor: Difference, found: Difference, kills: list[int]) -> ResumeCheckReport:
+def report(config: ResumeCheckConfig, floor: Difference, found: Difference, kills: list[int]) -> ResumeCheckReport:
+    """The verdict. kills: the step of the checkpoint that was newest when the worker was killed."""
     if not kills or kills[0] >= config.steps:
         raise RuntimeError("the run was over before its worker could be killed: nothing was shown; give larger steps")
     ok = found.within(floor)
-    report = ResumeCheckReport(
+    made = ResumeCheckReport(
         ok=ok,
         verdict="equal" if not found.first else "within the floor" if ok else "different",
         floor=floor.largest,
@@ -121,8 +122,9 @@ def _report(config: ResumeCheckConfig, floor: Difference, found: Difference, kil
         resumed_from=kills[0],
         exit_code=0 if ok else 1,
     )
-    say(f"verify: resumed from step {report.resumed_from} of {report.steps}: {report.verdict}")
-    return report
+    where = f"; {found.first}" if found.first else ""
+    say(f"verify: resumed from step {made.resumed_from} of {made.steps}: {made.verdict}{where}")
+    return made
 
 
 def _short(config: ResumeCheckConfig, output: str) -> TrainConfig:
@@ -231,7 +233,10 @@ def _kill_worker() -> bool:
     node, pid = workers[-1]
     say(f"kill -9 {pid}  (a training worker)")
     there = NodeAffinitySchedulingStrategy(node, soft=False)
-    ray.get(
-        ray.remote(os.kill).options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pid, signal.SIGKILL)
-    )
+    kill = ray.remote(_sigkill).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+    ray.get(kill.remote(pid))
     return True
+
+
+def _sigkill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)

@@ -21,7 +21,7 @@ from tests.pipelines import gloo
 DENOISER = DenoiserConfig(hidden_size=192, depth=3, num_heads=3)
 SHAPE = (4, 8, 8)
 MICRO_BATCH = 4
-CASES = [(stage, precision, steps) for stage in zero.STAGES for precision in zero.PRECISIONS for steps in (1, 2)]
+CASES = [(stage, "fp32", steps) for stage in zero.STAGES for steps in (1, 2)] + [(1, "bf16", 2)]
 
 
 def denoiser() -> torch.nn.Module:
