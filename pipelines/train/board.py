@@ -46,7 +46,8 @@ class Board:
 
     def lost(self, line: str) -> None:
         """The workers are ended, for a reason that the driver is to show."""
-        self._noticed = time.time()
+        if self.attempt["first_step"] is not None:  # not for the loss of workers that were still starting
+            self._noticed = time.time()
         self.attempt = {**self.attempt, "first_step": None}
         self.say(line)
 
@@ -60,7 +61,7 @@ class Board:
         self.nodes = {r: n for r, n in self.nodes.items() if r < world} | {rank: node}
         if rank == 0:
             now = time.time()
-            waits = {"notice": self._noticed - self._heard} if self.attempt["number"] else {}
+            waits = {"notice": max(0.0, self._noticed - self._heard)} if self.attempt["number"] else {}
             waits["processes"] = now - max(self._noticed, self._heard)
             self.status = {}
             self.attempt = {"number": self.attempt["number"] + 1, "world": world, "first_step": None, "waits": waits}

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import (
     FixedScalingPolicy,
@@ -21,6 +22,7 @@ from pipelines.train.signals import FatalError
 _PATIENCE_S = 10.0  # for resources that are given back late, and for news of nodes that are gone
 _SAY_EVERY_S = 60.0
 _LOOK_EVERY_S = 5.0
+_DEATHS = (WorkerHealthCheckFailedError, ray.exceptions.RayActorError)
 
 
 class Worlds(FixedScalingPolicy):
@@ -139,16 +141,10 @@ class Failures(DefaultFailurePolicy):
 def _reason(failures: Mapping[int, Exception]) -> str:
     """One line. Where a rank died, the errors of the others are of its absence."""
     if not failures:
-        return "the workers are ended, and begin again where there is room"
-    died = [rank for rank, error in failures.items() if not isinstance(error, Exception) or _is_death(error)]
+        return "the workers did not all start: tries again"
+    died = [rank for rank, error in failures.items() if isinstance(error, _DEATHS)]
     if died:
         return f"a worker was lost (rank {', '.join(map(str, sorted(died)))})"
     rank, error = next(iter(sorted(failures.items())))
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"a worker failed (rank {rank}: {type(error).__name__}: {lines[0][:200] if lines else ''})"
-
-
-def _is_death(error: Exception) -> bool:
-    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-
-    return isinstance(error, WorkerHealthCheckFailedError | ray.exceptions.RayActorError)

@@ -20,14 +20,14 @@ from ldm.snapshot import read_snapshot, write_snapshot
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
 from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_latents
-from pipelines.train.checkpoint import read_full
+from pipelines.train.checkpoint import newest_checkpoint, read_full
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema import Ema
 from pipelines.train.estimate import matmul_rate, training_flops
 from pipelines.train.guard import Guard, Samples, Usual, poisoned
 from pipelines.train.meter import Meter
-from pipelines.train.microbatch import micro_batch_size
+from pipelines.train.microbatch import micro_batch_size, worker_device
 from pipelines.train.objective import Objective
 from pipelines.train.resume import resume
 from pipelines.train.saver import Saver
@@ -61,7 +61,9 @@ class Worker:
         self.dataset = open_latents(config, generations, exclusions)
         times.done("latents")
         denoiser = build_denoiser(config, self.dataset)
-        self.micro_batch = micro_batch_size(config, denoiser, self.dataset)
+        device, newest = worker_device(), newest_checkpoint(config.output)
+        on_gpu = device.type == "cuda"
+        self.micro_batch = micro_batch_size(config, denoiser, self.dataset, device, newest, by_trial=on_gpu)
         self.engine = build_engine(config, denoiser, self.micro_batch)
         times.done("engine")
         self.device = self.engine.device

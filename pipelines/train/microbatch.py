@@ -22,7 +22,6 @@ from ldm.cost import Cost, UntraceableError
 from ldm.latents.dataset import LatentDataset
 from pipelines.progress import say
 from pipelines.train import zero
-from pipelines.train.checkpoint import newest_checkpoint
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig
 from pipelines.train.estimate import Memory, denoiser_cost, memory_of_run
@@ -31,21 +30,28 @@ _SHARE_OF_MEMORY = 0.8
 """Of a node's limit, that its CPU workers may take together."""
 
 
-def micro_batch_size(config: TrainConfig, denoiser: nn.Module, dataset: LatentDataset) -> int:
+def micro_batch_size(
+    config: TrainConfig,
+    denoiser: nn.Module,
+    dataset: LatentDataset,
+    device: torch.device,
+    checkpoint: str | None,
+    *,
+    by_trial: bool,
+) -> int:
     """Samples in one forward pass of this worker: the same on every rank. Collective, before `zero.initialize`.
 
-    On a GPU by trial, which is refused what does not fit; on a CPU by an estimate. `denoiser` is left as it is.
-    Raises RequestError where not even one sample fits.
+    by_trial: really runs on `device`, which refuses what does not fit, as a GPU does; else by an estimate. `denoiser`
+    is left as it is. checkpoint: that the run goes on from. Raises RequestError where not even one sample fits.
     """
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     share = config.global_batch_size // world
     if config.micro_batch_size != "auto":
         return config.micro_batch_size
-    saved = zero.all_gather(_saved(newest_checkpoint(config.output), world))[0]
+    saved = zero.all_gather(_saved(checkpoint, world))[0]
     if saved is not None and share % saved == 0:
         return int(saved)
-    device = worker_device()
-    if device.type == "cuda":
+    if by_trial:
         found, why = _by_trial(config, denoiser, dataset, device), "by trial"
     else:
         found, why = _by_estimate(config, dataset)

@@ -15,7 +15,7 @@ from pipelines.train.board import Board, watch
 from pipelines.train.config import TrainConfig
 from pipelines.train.record import RunRecord
 
-_HEALTH_CHECK_S, _START_TIMEOUT_S = "0.5", "15"
+_HEALTH_CHECK_S, _START_TIMEOUT_S = "0.5", "8"
 
 
 def possible_worlds(config: TrainConfig) -> list[int]:
@@ -102,6 +102,8 @@ def _failure(error: Exception, board: Any) -> Exception:
 def _fit(job: dict[str, Any], max_failures: int, worlds: Sequence[int], scratch: str, filesystem: Any) -> None:
     """The Ray task in which Ray Train runs: it starts the workers, and starts them again where one is lost."""
     # Of Ray's: a lost worker is noticed in half a second, and a world that has no room after all is given up early.
+    # Nodes that are to be taken away are looked for by our driver: Ray's watcher is one more process at each start.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _HEALTH_CHECK_S)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _START_TIMEOUT_S)
     from ray.train import FailureConfig, RunConfig, ScalingConfig

@@ -156,11 +156,17 @@ def all_gather(value: Any) -> list[Any]:
 def import_deepspeed() -> Any:
     """The package, kept from what would cost each worker seconds to minutes and serves nothing here."""
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    compiler = torch.compile
     without_mlflow = sys.modules.setdefault("mlflow", None) is None  # type: ignore[arg-type]  # its autotuner's
     try:
         import deepspeed
         import deepspeed.ops
+
+        # Its Muon, which no one uses here, has functions compiled on import: all of torch's compiler, for a second.
+        torch.compile = lambda function=None, **_: function or (lambda inner: inner)  # type: ignore[assignment]
+        import deepspeed.runtime.zero.muon.muon_optimizer
     finally:
+        torch.compile = compiler
         if without_mlflow:
             del sys.modules["mlflow"]
     # No probing of compilers; and where there is a compiler, no C++ built at run time (2 minutes on two cores).

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +188,11 @@ def test_a_failure_is_exit_1_and_ctrl_c_130(
     for error, code, said in [
         (RuntimeError("the disk is full"), 1, "error: the disk is full\n"),
         (KeyboardInterrupt(), 130, "interrupted: what was committed stays usable, and the same command goes on\n"),
+        (
+            KeyboardInterrupt(signal.SIGTERM),
+            143,
+            "interrupted: what was committed stays usable, and the same command goes on\n",
+        ),
         (RequestError("key=1: give 2"), 2, "error: key=1: give 2\n"),
     ]:
         fails(error)

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from ldm.autoencoder import Autoencoder
-from pipelines.train.checkpoint import newest_checkpoint
+from pipelines.train.checkpoint import committed_steps, newest_checkpoint
 from tests.pictures import kl_model, latent_dataset
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
@@ -58,18 +58,41 @@ def _listen_to_ctrl_c() -> None:
 
 
 def test_training(tmp_path: Path) -> None:
-    latents = tmp_path / "latents"
+    """SIGTERM to a worker is answered by a checkpoint, Ctrl-C by one more and the end."""
+    latents, run = tmp_path / "latents", str(tmp_path / "run")
     autoencoder = Autoencoder(kl_model())
     latent_dataset(str(latents), autoencoder)
     autoencoder.save(str(latents / "autoencoder"))
-    settings = "global_batch_size=8 num_workers=1 checkpoint_every=5 tracking.enabled=false device=cpu"
+    settings = "global_batch_size=8 num_workers=1 checkpoint_every=1000000 tracking.enabled=false device=cpu"
     model = "denoiser.hidden_size=16 denoiser.depth=1 denoiser.num_heads=2 denoiser.patch_size=1"
-    command = ["train", "latents=latents", "output=run", *settings.split(), *model.split(), "max_steps=10000"]
-    code, said, alive = interrupt_when(command, lambda: newest_checkpoint(str(tmp_path / "run")) is not None, tmp_path)
+    command = ["train", "latents=latents", "output=run", *settings.split(), *model.split(), "max_steps=1000000"]
+    told: list[int] = []
+    noticed: list[int] = []
+
+    def ready() -> bool:
+        if not told and "first step after" in (tmp_path / "stderr.txt").read_text():
+            (worker,) = [p for p in psutil.Process().children(recursive=True) if "ray::RayTrainWorker" in _line(p)]
+            worker.terminate()
+            told.append(worker.pid)
+        noticed[:] = committed_steps(run)
+        return bool(noticed)
+
+    code, said, alive = interrupt_when(command, ready, tmp_path)
     assert code == 130, said
     assert alive == []
+    steps = committed_steps(run)
+    assert len(steps) == 2 and steps[0] == noticed[0]
+    assert f"train: stopped at step {steps[1]:,} with the checkpoint {newest_checkpoint(run)}\n" in said
     assert "interrupted: what was committed stays usable" in said and "Traceback" not in said
+    assert "a worker was lost" not in said
     dry_run = [sys.executable, "-m", "jobs.cli", *command, "--dry-run"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     again = subprocess.run(dry_run, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert again.returncode == 0 and f"from {newest_checkpoint('run') or 'run/checkpoints/step-'}" in again.stdout
+
+
+def _line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

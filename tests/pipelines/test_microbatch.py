@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm import storage
 from ldm.autoencoder import Autoencoder
 from ldm.config import RequestError
 from ldm.denoiser import DenoiserConfig
 from pipelines.train import microbatch
+from pipelines.train.build import open_latents
+from pipelines.train.checkpoint_files import write_marker
 from pipelines.train.config import TrainConfig
 from pipelines.train.estimate import denoiser_cost, memory_of_run
-from pipelines.train.loop import open_latents
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import gloo
 
@@ -100,7 +100,7 @@ def scenario(rank: int, world: int, latents: str, output: str) -> dict[str, Any]
     take("estimate", Hungry(0), False)
     costs = denoiser_cost(config, dataset)
     for name, size, room in (("tight", 6, 1.01), ("too tight", 1, 0.99)):  # shares of what `size` samples need
-        needed = memory_of_run(config, costs, size, config.zero_stage).total
+        needed = memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage).total
         microbatch.node_memory = lambda needed=needed * room: int(world * needed / 0.8)  # type: ignore[assignment]
         take(name, Hungry(0), False)
     return found
@@ -111,8 +111,7 @@ def test_all_ranks_take_the_smallest_and_a_resume_what_it_had(tmp_path: Path) ->
     autoencoder = Autoencoder(kl_model())
     latent_dataset(str(tmp_path / "latents"), autoencoder)
     for world in (2, 3):
-        marker = {"format_version": 1, "world": world, "progress": {"micro_batch_size": 2}}
-        storage.write_json(str(tmp_path / f"of-{world}" / "checkpoint.json"), marker)
+        write_marker(str(tmp_path / f"of-{world}"), {"world": world, "progress": {"micro_batch_size": 2}})
     ranks = gloo.run(scenario, 2, str(tmp_path / "latents"), str(tmp_path))
     assert ranks[0] == ranks[1]
     taken = ranks[0]

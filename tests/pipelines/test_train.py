@@ -1,16 +1,11 @@
 """Training end to end: exact resume after a kill, the same stream on any world size, refusals before any work."""
 
 import json
-import os
 import shutil
-import signal
-import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 
@@ -27,6 +22,7 @@ from pipelines.train.checkpoint import checkpoint_url, newest_checkpoint, read_f
 from tests.ldm.exchanging import write
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import tiny
+from tests.pipelines.killing import Killer
 
 SMALL: dict[str, Any] = {
     "max_steps": 8,
@@ -120,25 +116,24 @@ def test_a_run_reports_and_leaves_a_snapshot_that_draws(latents: str, uninterrup
 
 @pytest.mark.faults
 @pytest.mark.ray
-def test_a_worker_killed_with_sigkill_changes_no_bit(latents: str, uninterrupted: Run, tmp_path: Path) -> None:
-    output, killed = tmp_path / "killed", []
+def test_a_worker_killed_with_sigkill_changes_no_bit(latents: str, ray_session: None, tmp_path: Path) -> None:
+    """Three times in one run, so that a resume is resumed."""
+    from mlflow import MlflowClient
 
-    def kill() -> None:
-        deadline = time.monotonic() + 200
-        while not killed and time.monotonic() < deadline:
-            if newest_checkpoint(str(output)):
-                workers = [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
-                if workers:
-                    os.kill(workers[-1].pid, signal.SIGKILL)
-                    killed.append(workers[-1].pid)
-            time.sleep(0.01)
-
-    thread = threading.Thread(target=kill)
-    thread.start()
-    report = train(config(latents, output))
-    thread.join()
-    assert killed and report.step == 8
-    assert_bitwise(state(output), state(uninterrupted.output))
+    found = []
+    for name, times in (("killed", 3), ("undisturbed", 0)):
+        uri, output = f"sqlite:///{tmp_path}/{name}.db", tmp_path / name
+        killer = Killer(str(output), times, spread_s=0.1)
+        killer.start()
+        long = {"max_steps": 60, "checkpoint_every": 6, "log_every": 6}
+        report = train(config(latents, output, tracking=tracked(uri), **long))
+        killer.over.set()
+        killer.join()
+        assert len(killer.kills) == times and report.step == 60
+        history = MlflowClient(uri).get_metric_history(str(report.run_id), "train/loss")
+        found.append((state(output), [(point.step, point.value) for point in history]))
+    assert_bitwise(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1] and len(found[0][1]) == 10
 
 
 @pytest.mark.ray
@@ -224,10 +219,9 @@ def test_a_denoiser_of_ones_own_plugs_in_by_name(
     assert sample(SampleConfig(**draw, denoiser_type="custom_denoiser:MyDenoiser")).images == 2
 
 
-@pytest.mark.faults
 @pytest.mark.ray
 def test_a_damaged_checkpoint_is_an_error_with_the_cause_and_can_be_gone_back_from(
-    latents: str, uninterrupted: Run, tmp_path: Path
+    latents: str, uninterrupted: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "run"
     shutil.copytree(uninterrupted.output, output)
@@ -235,7 +229,8 @@ def test_a_damaged_checkpoint_is_an_error_with_the_cause_and_can_be_gone_back_fr
     damaged = next(path for path in Path(str(checkpoint)).glob("rank-*.safetensors"))
     tiny.flip(damaged)
     with pytest.raises(RuntimeError, match=rf"training failed: .*{damaged.name}.* give resume_from=6 to go on from"):
-        train(config(latents, output, max_steps=9, max_failures=0))
+        train(config(latents, output, max_steps=9))
+    assert "a worker failed" not in capfd.readouterr().err, "starting again would not cure it"
     with pytest.raises(
         RequestError, match=r"resume_from=5: .* has no checkpoint of that step; it has those of 4, 6, 8$"
     ):
@@ -247,11 +242,28 @@ def test_a_damaged_checkpoint_is_an_error_with_the_cause_and_can_be_gone_back_fr
     assert read_full(checkpoint_url(str(output), 8), "master"), "and does not go back again"
 
 
+@pytest.mark.faults
+@pytest.mark.ray
+def test_workers_that_fail_to_the_end_are_an_error_with_the_cause(
+    latents: str, ray_session: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    failing = {"type": "tests.pipelines.failing:Failing"}
+    values = {**SMALL, "latents": latents, "output": str(tmp_path / "run"), "tracking": {"enabled": False}}
+    with pytest.raises(RuntimeError, match=r"training failed: .*this very denoiser"):
+        train(parse(TrainConfig, [("test", {**values, "denoiser": failing, "max_failures": 1})]))
+    assert capfd.readouterr().err.count("train: a worker failed (rank ") == 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"latents": "/nowhere"}, "latents=/nowhere: is no latent dataset"),
         ({"num_workers": 3}, "global_batch_size=8: num_workers=3 does not divide it; give 9"),
+        ({"num_workers": [3, 3]}, "global_batch_size=8: num_workers=3 does not divide it; give 9"),
+        ({"num_workers": [5, 7]}, r"num_workers=\[5, 7\]: none of these divides .*=8; give a range with 4 in it"),
+        ({"num_workers": [4, 1]}, r"num_workers=\[4, 1\]: should be \[least, most\]; give \[1, 4\]"),
+        ({"num_workers": 0}, "num_workers=0: input should be greater than 0"),
+        ({"num_workers": [1, 2], "micro_batch_size": 3}, "micro_batch_size=3: .* share of 8 or 4"),
         ({"micro_batch_size": 3}, "micro_batch_size=3: does not divide a worker's share of 4"),
         ({"zero_stage": 7}, "zero_stage=7: should be 0, 1, 2 or 3"),
         ({"denoiser": {"patch_size": 3}}, "denoiser.patch_size=3: does not divide the latent size 2x2"),
@@ -357,13 +369,6 @@ def test_a_run_keeps_the_generation_that_it_began_with(latents: str, uninterrupt
         assert plan(config(latents, uninterrupted.output.parent / "new")).generations != began_with
     finally:
         storage.write_bytes(pointer, before)
-
-
-def _is_worker(process: psutil.Process) -> bool:
-    try:
-        return process.cmdline()[0].startswith("ray::RayTrainWorker")
-    except (psutil.Error, IndexError):
-        return False
 
 
 @pytest.mark.ray
