@@ -60,6 +60,7 @@ def train_worker(job: dict[str, Any]) -> None:
     run_id = job["run_id"]
     tracking = config.tracking if board is not None else config.tracking.model_copy(update={"enabled": False})
     with Tracker(tracking, "train", run_id=run_id, ends_run=False) as tracker:
+        times.done("tracking")
         result = Worker(config, job["generations"], job["exclusions"], tracker, board, times).run()
     first_step = result.pop("first_step")
     if board is not None:
