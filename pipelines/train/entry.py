@@ -42,6 +42,7 @@ def train_worker(job: dict[str, Any]) -> None:
     tracking = config.tracking if board is not None else config.tracking.model_copy(update={"enabled": False})
     name, folder = f"train/{storage.name(config.output)}", tracking_url(config.output)
     with Tracker(tracking, name, run_id=run_id, ends_run=False, folder=folder) as tracker:
+        times.done("tracking")
         try:
             result = Worker(config, job["generations"], job["exclusions"], tracker, board, times).run()
         except CheckpointError as error:  # a damaged file, a store that takes nothing: to start again would not help

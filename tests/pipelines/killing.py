@@ -1,5 +1,6 @@
 """Kills workers of a run that goes on in this process's Ray, at random moments."""
 
+import contextlib
 import os
 import random
 import signal
@@ -27,13 +28,14 @@ class Killer(threading.Thread):
     def run(self) -> None:
         killed, found, step = set[int](), list[int](), 0
         while len(self.kills) < self.times and not self.over.is_set():
-            found = found or [pid for pid in _workers() if pid not in killed]
+            found = [pid for pid in found if psutil.pid_exists(pid)] or [p for p in _workers() if p not in killed]
             if found and max(committed_steps(self.output), default=0) > step:
                 time.sleep(self.random.uniform(0, self.spread_s))
                 step = max(committed_steps(self.output))
-                os.kill(self.random.choice(found), signal.SIGKILL)
-                self.kills.append(time.time())
                 killed.update(found)
+                with contextlib.suppress(ProcessLookupError):  # ended by itself in the meantime
+                    os.kill(self.random.choice(found), signal.SIGKILL)
+                    self.kills.append(time.time())
                 found = []
             time.sleep(0.01)
 

@@ -10,7 +10,7 @@ import torch
 from ldm.autoencoder import Autoencoder
 from ldm.latents.dataset import LatentDataset
 from pipelines.train import zero
-from pipelines.train.checkpoint import checkpoint_url, load_checkpoint, read_full, save_checkpoint
+from pipelines.train.checkpoint import Part, checkpoint_url, load_checkpoint, read_full, save_checkpoint
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import denoising, gloo, tiny
 
@@ -61,7 +61,7 @@ def two_ranks(rank: int, world: int, url: str, output: str) -> Found:
         found[stage, precision] = {"early": run.state()}
         run.train(EARLY, ON_FOUR)
         if (stage, precision) == (1, "fp32"):
-            save_checkpoint(output, run.engine.state, run.ema, progress(ON_FOUR), zero.all_gather)
+            save_checkpoint(output, Part.of(run.engine.state, run.ema), progress(ON_FOUR), zero.all_gather)
             found["saved"] = {"state": run.state()}
         run.train(ON_FOUR, PRECISIONS[precision][0])
         run.engine.close()
@@ -88,7 +88,7 @@ def go_on(rank: int, world: int, url: str, output: str, stage: int, first: int, 
     run = denoising.sharded(url, world, stage)
     load_checkpoint(checkpoint_url(output, first), run.engine.state, run.ema, zero.all_gather)
     run.train(first, saved)
-    save_checkpoint(output, run.engine.state, run.ema, progress(saved), zero.all_gather)
+    save_checkpoint(output, Part.of(run.engine.state, run.ema), progress(saved), zero.all_gather)
     run.train(saved, last)
     return run.losses, run.ids
 

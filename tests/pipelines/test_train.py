@@ -116,6 +116,7 @@ def test_a_run_reports_and_leaves_a_snapshot_that_draws(latents: str, uninterrup
 
 @pytest.mark.faults
 @pytest.mark.ray
+@pytest.mark.timeout(600)
 def test_a_worker_killed_with_sigkill_changes_no_bit(latents: str, ray_session: None, tmp_path: Path) -> None:
     """Three times in one run, so that a resume is resumed."""
     from mlflow import MlflowClient
