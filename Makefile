@@ -32,8 +32,9 @@ python:
 demo: venv  ## the whole path on real handwritten digits: encode, train, serve, evaluate
 	$(BIN)/ldm demo
 
-test: venv  ## every test but the long fault rounds
-	$(BIN)/python -m pytest -m "not faults"
+test: venv  ## every test but the long fault rounds; what needs no Ray on two processes
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not ray and not wheel"
+	$(BIN)/python -m pytest -m "not faults and (ray or wheel)"
 
 test-fast: venv  ## the tests that need neither Ray, nor several ranks, nor a wheel
 	$(BIN)/python -m pytest -m "not faults and not ray and not wheel and not slow"

@@ -68,7 +68,13 @@ def build_engine(config: TrainConfig, denoiser: nn.Module, micro_batch: int) -> 
     if config.compile:
         compile_denoiser(denoiser)
     settings = engine_settings(config, micro_batch, torch.distributed.get_world_size())
-    return zero.initialize(denoiser, settings, betas=config.adam_betas, weight_decay=config.weight_decay)
+    return zero.initialize(
+        denoiser,
+        settings,
+        betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+        decoupled_decay=config.optimizer == "adamw",
+    )
 
 
 def engine_settings(config: TrainConfig, micro_batch: int, world: int) -> dict[str, Any]:

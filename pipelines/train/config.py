@@ -59,15 +59,16 @@ class TrainConfig(Config):
     micro_batch_size: int | Literal["auto"] = Field(
         "auto", description="samples in one forward pass of a worker; auto: as many as fit, of a worker's share"
     )
-    learning_rate: float = Field(1e-4, gt=0, description="of AdamW, after the warm-up")
+    optimizer: Literal["adamw", "adam"] = Field("adamw", description="adam: weight decay as a part of the gradient")
+    learning_rate: float = Field(1e-4, gt=0, description="after the warm-up")
     warmup_images: int = Field(0, ge=0, description="images over which the learning rate rises from 0")
     learning_rate_schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up")
     learning_rate_images: int | None = Field(
         None, gt=0, description="images seen at which a cosine schedule ends; needed with it, whatever max_steps is"
     )
-    learning_rate_end: float = Field(0.0, ge=0, description="of AdamW, at the end of a cosine schedule and after it")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of AdamW")
+    learning_rate_end: float = Field(0.0, ge=0, description="at the end of a cosine schedule and after it")
+    weight_decay: float = Field(0.0, ge=0, description="of the optimizer")
+    adam_betas: tuple[Beta, Beta] = Field((0.9, 0.999), description="of the optimizer")
     gradient_clip: float = Field(1.0, gt=0, description="largest global gradient norm")
     holdout: float = Field(0.0, ge=0, lt=1, description="share of the samples, by a hash of the id, never trained on")
     seed: int = Field(0, ge=0, le=2**53 - 1, description="of order, noise, timesteps, dropped labels and fresh weights")

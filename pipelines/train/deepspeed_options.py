@@ -51,7 +51,7 @@ _ADVICE = {
         "train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation autotuning"
     ),
     "give gradient_clip": _keys("gradient_clipping"),
-    "give learning_rate, adam_betas and weight_decay: the optimizer is AdamW, which checkpoints know": _keys(
+    "give optimizer, learning_rate, adam_betas and weight_decay: checkpoints hold the state of Adam": _keys(
         "optimizer zero_allow_untested_optimizer zero_force_ds_cpu_optimizer"
     ),
     "give learning_rate_schedule, warmup_images and learning_rate_images": _keys("scheduler"),

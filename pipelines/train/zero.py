@@ -117,8 +117,11 @@ def initialize(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    decoupled_decay: bool = True,
 ) -> Engine:
     """Wraps `module`, whose weights are already loaded, with torch's own AdamW under `config`.
+
+    Without `decoupled_decay` it is Adam, whose state is the same.
 
     The process group exists, and LOCAL_RANK, RANK and WORLD_SIZE are set. Rank 0's weights are broadcast. Frozen
     parameters become buffers of the same name: they are replicated, and no optimizer state belongs to them.
@@ -134,12 +137,14 @@ def initialize(
     if stage == 0:  # DeepSpeed reports no norm at stage 0, and would step through a NaN: Engine.step clips itself
         config = {**config, "gradient_clipping": 0.0}
 
-    def adamw(parameters: Any) -> torch.optim.Optimizer:
+    kind = torch.optim.AdamW if decoupled_decay else torch.optim.Adam
+
+    def optimizer(parameters: Any) -> torch.optim.Optimizer:
         # Fused: on the flat buffers of a DiT-S the plain one took ten times as long on two cores.
-        return torch.optim.AdamW(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        return kind(parameters, lr=0.0, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     linear = nn.functional.linear
-    inner, *_ = deepspeed.initialize(model=module, optimizer=adamw, config=config)
+    inner, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
     # DeepSpeed's own groups take torch's default, 10 minutes with NCCL, whatever the first one was made with.
     for group in (torch.distributed.group.WORLD, inner.seq_data_parallel_group):
         torch.distributed.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT, group)

@@ -10,10 +10,9 @@ import pytest
 import torch
 
 from jobs import cli
-from ldm import storage
 from ldm.autoencoder import Autoencoder
 from pipelines.train.checkpoint import checkpoint_url
-from pipelines.train.checkpoint_files import FORMAT_VERSION, MARKER, Range, write_file
+from pipelines.train.checkpoint_files import Range, write_file, write_marker
 from pipelines.train.selfcheck import Difference, ResumeCheckConfig, compare, report
 from tests.pictures import kl_model, latent_dataset
 
@@ -28,9 +27,9 @@ def finished_run(output: Path, changes: dict[str, float] | None = None, losses: 
         for kind, change in (changes or {}).items():
             columns[kind][0][4] += change * (step == 4)
         entry = write_file(url, "rank-00000-of-00001", [Range("w", 0, 6, (2, 3))], columns)
-        marker = {"format_version": FORMAT_VERSION, "world": 1, "stage": 0, "optimizer_step": step, "files": [entry]}
+        marker = {"world": 1, "stage": 0, "optimizer_step": step, "files": [entry]}
         marker |= {"ema": {"main": {}, "short": {}}, "progress": {"step": step, "images_seen": 8 * step, "loss": loss}}
-        storage.write_json(storage.join(url, MARKER), marker)
+        write_marker(url, marker)
     return str(output)
 
 

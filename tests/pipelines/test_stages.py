@@ -77,7 +77,7 @@ def two_ranks(rank: int, world: int, url: str, output: str) -> Found:
         load_checkpoint(checkpoint_url(output, ON_FOUR), run.engine.state, run.ema, zero.all_gather)
         found[name] = {"loaded": run.state()}
         run.train(ON_FOUR, END)
-        save_checkpoint(f"{output}/{name}", run.engine.state, run.ema, progress(END), zero.all_gather)
+        save_checkpoint(f"{output}/{name}", Part.of(run.engine.state, run.ema), progress(END), zero.all_gather)
         found[name] |= {"losses": run.losses, "final": run.state()}
         run.engine.close()
     return found
@@ -126,7 +126,7 @@ def whole_ids(dataset: LatentDataset, ranks: list[list[torch.Tensor]]) -> list[t
     for shares in zip(*ranks, strict=True):
         whole = torch.full((denoising.GLOBAL_BATCH,), -1, dtype=torch.int64)
         for rank, share in enumerate(shares):
-            whole[dataset._slots(rank, len(ranks))] = share
+            whole[dataset.slots(rank, len(ranks))] = share
         steps.append(whole)
     return steps
 

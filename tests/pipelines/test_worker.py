@@ -28,7 +28,7 @@ from pipelines.train.schedule import check_schedule, learning_rate
 from pipelines.train.signals import FatalError
 from pipelines.train.start_times import StartTimes
 from tests.pictures import kl_model, latent_dataset
-from tests.pipelines import gloo
+from tests.pipelines import gloo, tiny
 
 Runs = list[tuple[Config, list[dict[str, Any]]]]
 """(config, what each rank found)"""
@@ -226,21 +226,44 @@ def test_stages_agree(runs: Runs) -> None:
         assert found == pytest.approx(losses[0], abs=1e-6)
 
 
-def stop_after_too_many(rank: int, world: int, settings: Config) -> str:
+def odds(rank: int, world: int, settings: Config) -> tuple[str, Any]:
+    """What a run says that skips too often; a step of Adam with weight decay."""
     run = worker(settings, Notebook(settings))
     run.engine.step = lambda rate: zero.Step(applied=False, grad_norm=math.nan)  # type: ignore[method-assign]
     with pytest.raises(FatalError) as caught:
         run.run()
-    return str(caught.value)
-
-
-def test_too_many_in_a_row_are_the_end_on_all_ranks(latents: str, tmp_path: Path) -> None:
-    settings = config(latents, tmp_path / "run", skip_limit=3, micro_batch_size=4)
-    lines = gloo.run(stop_after_too_many, WORLD, settings)
-    assert lines[0] == lines[1] and "\n" not in lines[0]
-    assert (
-        lines[0].startswith("skip_limit=3: so many steps in a row") and "at batch 2; there is no checkpoint" in lines[0]
+    run.engine.close()
+    stage = {"stage": 1, "precision": "fp32", "global_batch_size": 12, "micro_batch_size": 3, "world": world}
+    engine = zero.initialize(
+        tiny.Tiny(0), zero.deepspeed_config(**stage), weight_decay=0.1, eps=tiny.EPS, decoupled_decay=False
     )
+    tiny.train_step(engine, 0)
+    return str(caught.value), tiny.snapshot(engine)
+
+
+@pytest.fixture(scope="module")
+def found_odds(latents: str, tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, Any]]:
+    settings = config(latents, tmp_path_factory.mktemp("odds"), skip_limit=3, micro_batch_size=4)
+    return gloo.run(odds, WORLD, settings)
+
+
+def test_too_many_in_a_row_are_the_end_on_all_ranks(found_odds: list[tuple[str, Any]]) -> None:
+    (line, _), (other, _) = found_odds
+    assert line == other and "\n" not in line
+    assert line.startswith("skip_limit=3: so many steps in a row")
+    assert "at batch 2; there is no checkpoint" in line
+
+
+def test_the_decay_of_adam_is_a_part_of_the_gradient(found_odds: list[tuple[str, Any]]) -> None:
+    model = tiny.Tiny(0)
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    x, y = tiny.batch(0)
+    (model(x) - y).square().mean().backward()
+    torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+    torch.optim.Adam(weights.values(), lr=0.01, weight_decay=0.1, eps=tiny.EPS).step()
+    whole = tiny.assemble(pieces for _, pieces in found_odds)
+    for name, weight in weights.items():
+        torch.testing.assert_close(whole["master", name], weight.detach().flatten(), rtol=2e-5, atol=2e-6)
 
 
 def test_a_loss_that_stands_out_is_seen() -> None:
