@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldm.dit import fused_attention
+
 
 class UntraceableError(RuntimeError):
     """The denoiser cannot run on fake tensors, as where its path depends on values."""
@@ -60,14 +62,17 @@ def cost(
     *,
     has_labels: bool,
     timestep_dtype: torch.dtype = torch.int64,
+    on_gpu: bool = True,
 ) -> Cost:
     """Costs of `denoiser`, built on the meta device, for latents (C, H, W); bf16 is autocast over fp32 weights.
+
+    on_gpu: attention keeps no products of queries and keys, as it does on a CPU.
 
     The denoiser is left as it was. A module that checkpoints its activations is counted so.
     Raises UntraceableError where it cannot run without data.
     """
     parameters = list(denoiser.parameters())
-    with _fake(denoiser) as fake:
+    with _fake(denoiser) as fake, fused_attention() if on_gpu else contextlib.nullcontext():
         flops = _forward_flops(fake, _inputs(1, latent_shape, has_labels, timestep_dtype))
         few, many = (
             _peak(fake, _inputs(batch, latent_shape, has_labels, timestep_dtype), precision) for batch in (2, 4)
@@ -110,10 +115,7 @@ def _fake(denoiser: nn.Module) -> Iterator[nn.Module]:
 
 
 def _on_fake_cpu(denoiser: nn.Module) -> nn.Module:
-    """The denoiser on a CPU that is not there: what picks its kernel by the device picks the memory-saving ones.
-
-    Each gradient is dropped as soon as it is whole.
-    """
+    """The denoiser on a CPU that is not there. Each gradient is dropped as soon as it is whole."""
 
     def drop(parameter: Tensor) -> None:
         parameter.grad = None

@@ -18,7 +18,7 @@ class Board:
     def __init__(self) -> None:
         self.status: dict[str, Any] = {}
         self.lines: list[str] = []
-        self.asked, self.answered, self.stop = 0, 0, False
+        self.asked, self.answered, self.refused, self.stop = 0, 0, 0, False
         self.attempt: dict[str, Any] = {"number": 0, "world": 0, "first_step": None}
         self.nodes: dict[int, str] = {}
         self.fatal: tuple[bool, str] | None = None
@@ -90,8 +90,13 @@ class Board:
     def answer(self, number: int) -> None:
         self.answered = max(self.answered, number)
 
-    def answers(self) -> int:
-        return self.answered
+    def refuse(self, number: int) -> None:
+        """The checkpoint could not be taken."""
+        self.answered, self.refused = max(self.answered, number), max(self.refused, number)
+
+    def answers(self) -> tuple[int, int]:
+        """(checkpoints answered, the last of them that could not be taken)"""
+        return self.answered, self.refused
 
 
 def watch(running: Any, board: Any, max_steps: int, started: Callable[[int, float], None]) -> int | None:

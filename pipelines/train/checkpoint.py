@@ -89,7 +89,7 @@ def save_checkpoint(output: str, part: Part, progress: Mapping[str, Any], all_ga
 
     try:
         files = together(url, part.rank, all_gather, write)
-    except CheckpointError:
+    except (CheckpointError, RequestError):
         together(url, part.rank, all_gather, lambda: _take_back(url, entries))
         raise
     marker = {

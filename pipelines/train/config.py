@@ -30,7 +30,7 @@ class ValidationConfig(Config):
     """The loss of the average on held-out samples at eight fixed timesteps, and pictures that it draws."""
 
     every: int | None = Field(None, gt=0, description="optimizer steps between validations; null: at each checkpoint")
-    images: int = Field(256, ge=0, description="held-out samples, at most; 0: no validation loss")
+    images: int = Field(256, ge=0, description="samples of the holdout, at most; 0 or without a holdout: no loss")
     grid: int = Field(16, ge=0, description="pictures drawn at each validation; 0: none")
     num_inference_steps: int = Field(25, gt=0, description="DDIM steps of these pictures")
     guidance_scale: float = Field(1.0, ge=0, description="of these pictures; 1 is no guidance")
@@ -56,7 +56,7 @@ class TrainConfig(Config):
     output: Location = Field(description="directory or URL of checkpoints and snapshots")
     max_steps: int = Field(400_000, gt=0, description="optimizer steps in all")
     global_batch_size: int = Field(256, gt=0, description="samples in one optimizer step over all workers")
-    micro_batch_size: int | Literal["auto"] = Field(
+    micro_batch_size: PositiveInt | Literal["auto"] = Field(
         "auto", description="samples in one forward pass of a worker; auto: as many as fit, of a worker's share"
     )
     optimizer: Literal["adamw", "adam"] = Field("adamw", description="adam: weight decay as a part of the gradient")
@@ -82,19 +82,23 @@ class TrainConfig(Config):
     )
     compile: bool = Field(False, description="compiles the denoiser with torch.compile; needs g++; not with ZeRO-3")
     deterministic: bool = Field(
-        False, description="the same bits again on the same GPUs; slower, and needless on a CPU"
+        False,
+        description="kernels that give the same bits on the same GPUs and world; slower; needless on a CPU",
     )
-    deepspeed: dict[str, Any] = Field({}, description="DeepSpeed settings merged into ours, for experts")
+    deepspeed: dict[str, Any] = Field(
+        {}, description="DeepSpeed settings, for experts, such as offload; see docs/training.md"
+    )
     checkpoint_every: int = Field(5_000, gt=0, description="optimizer steps between checkpoints")
     keep_last: int = Field(3, gt=0, description="checkpoints kept; snapshots are all kept")
     keep_every: int | None = Field(
         None, gt=0, description="optimizer steps; checkpoints at its multiples are kept for good"
     )
     log_every: int = Field(50, gt=0, description="optimizer steps between points in MLflow")
-    skip_limit: int = Field(10, gt=0, description="steps skipped in a row for a gradient that is not finite: the end")
+    skip_limit: int = Field(10, gt=0, description="so many steps in a row that are not finite end the run")
     max_failures: int = Field(3, ge=0, description="times that Ray restarts the workers from the newest checkpoint")
     resume: Literal["auto", "required", "never"] = Field(
-        "auto", description="go on from the newest checkpoint in output: when there is one, always, or refuse"
+        "auto",
+        description="auto: go on from the newest checkpoint in output, if any; required: fail without; never: fail with",
     )
     resume_from: int | None = Field(
         None, gt=0, description="optimizer step of the checkpoint to go on from; the newest unless given"

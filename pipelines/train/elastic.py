@@ -86,7 +86,11 @@ class Worlds(FixedScalingPolicy):
 
     def _grow(self, wanted: ResizeDecision) -> ScalingDecision:
         """Begins again with more workers once the checkpoint is there."""
-        if ray.get(self.board.answers.remote()) < self._ticket:
+        answered, refused = ray.get(self.board.answers.remote())
+        if answered < self._ticket:
+            return NoopDecision()
+        if refused >= self._ticket:  # what was not saved would be lost
+            self._wanted, self._seen, self._looked = None, 0, time.monotonic()
             return NoopDecision()
         ray.get(self.board.lost.remote(f"begins again with {wanted.num_workers} workers"))
         self._entered = ray.get(self.board.starts.remote())

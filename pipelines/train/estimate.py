@@ -106,9 +106,10 @@ def meta_denoiser(config: TrainConfig, dataset: LatentDataset) -> nn.Module:
     return denoiser
 
 
-def denoiser_cost(config: TrainConfig, dataset: LatentDataset) -> Cost:
+def denoiser_cost(config: TrainConfig, dataset: LatentDataset, *, on_gpu: bool) -> Cost:
     """Raises UntraceableError."""
-    return cost(meta_denoiser(config, dataset), dataset.latent_shape, config.precision, **_inputs(config, dataset))
+    denoiser, inputs = meta_denoiser(config, dataset), _inputs(config, dataset)
+    return cost(denoiser, dataset.latent_shape, config.precision, **inputs, on_gpu=on_gpu)
 
 
 def training_flops(config: TrainConfig, dataset: LatentDataset) -> int:
@@ -206,7 +207,7 @@ def estimate(config: TrainConfig, dataset: LatentDataset, what: str, output_byte
     if config.micro_batch_size == "auto":
         notes.append(f"micro_batch_size=auto: the memory is for a worker's whole share of {share}; less if that is all")
     try:
-        costs = denoiser_cost(config, dataset)
+        costs = denoiser_cost(config, dataset, on_gpu=config.device != "cpu")
     except UntraceableError as error:
         costs = None
         notes.append(f"FLOPs, memory, hours: not known; {error}")
@@ -220,8 +221,7 @@ def estimate(config: TrainConfig, dataset: LatentDataset, what: str, output_byte
         todo = max(0, config.max_steps - begun) * config.global_batch_size
         total = todo * costs.hardware_flops(config.activation_checkpointing)
         rate = worker_rate(config, world)
-        of_model = todo * costs.training_flops
-        hours = of_model / (ASSUMED_MFU * rate.flops_per_second * world) / 3600
+        hours = total / (ASSUMED_MFU * rate.flops_per_second * world) / 3600
         notes.append(
             f"hours: assumed, not measured: {ASSUMED_MFU:.0%} of the matmul rate of {rate.device} of this machine "
             f"(measured now: {rate.flops_per_second / 1e12:.3g} TFLOP/s in {config.precision}) for each worker"

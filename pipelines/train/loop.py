@@ -20,7 +20,7 @@ from ldm.snapshot import read_snapshot, write_snapshot
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
 from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_latents
-from pipelines.train.checkpoint import newest_checkpoint, read_full
+from pipelines.train.checkpoint import read_full
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.ema import Ema
@@ -29,7 +29,8 @@ from pipelines.train.guard import Guard, Samples, Usual, poisoned
 from pipelines.train.meter import Meter
 from pipelines.train.microbatch import micro_batch_size, worker_device
 from pipelines.train.objective import Objective
-from pipelines.train.resume import resume
+from pipelines.train.record import note_validation
+from pipelines.train.resume import Origin, find_origin, resume
 from pipelines.train.saver import Saver
 from pipelines.train.schedule import learning_rate
 from pipelines.train.signals import Notices
@@ -61,9 +62,9 @@ class Worker:
         self.dataset = open_latents(config, generations, exclusions)
         times.done("latents")
         denoiser = build_denoiser(config, self.dataset)
-        device, newest = worker_device(), newest_checkpoint(config.output)
+        origin, device = find_origin(config.output, zero.all_gather), worker_device()
         on_gpu = device.type == "cuda"
-        self.micro_batch = micro_batch_size(config, denoiser, self.dataset, device, newest, by_trial=on_gpu)
+        self.micro_batch = micro_batch_size(config, denoiser, self.dataset, device, origin.url, by_trial=on_gpu)
         self.engine = build_engine(config, denoiser, self.micro_batch)
         times.done("engine")
         self.device = self.engine.device
@@ -76,8 +77,7 @@ class Worker:
         self.saver = self._build_saver()
         self.step, self.batches_read = 0, 0
         self.loss: float | None = None
-        self.best: tuple[int, float] | None = None  # (step, validation loss) of a snapshot
-        self._resume()
+        self._resume(origin)
         times.done("checkpoint")
         self.first_step = self.step
 
@@ -114,7 +114,6 @@ class Worker:
             "snapshot": self.snapshot,
             "checkpoint": self.saver.checkpoint,
             "first_step": self.first_step,
-            "best": self.best,
             "step": self.step,
             "images_seen": self.images_seen,
             "loss": self.loss,
@@ -133,6 +132,8 @@ class Worker:
         Returns (it was applied, a checkpoint is wanted, the run is to stop after it), on all ranks alike.
         """
         rate = learning_rate(self.config, self.images_seen + self.config.global_batch_size)
+        # For a denoiser of the user's own that draws random numbers, such as dropout: a resumed run draws the same.
+        torch.manual_seed((self.config.seed + self.batches_read * 1_000_003) * self.world + self.rank)
         outcome, samples = None, list[Samples]()
         for first in range(0, self.share, self.micro_batch):
             part = batch[first : first + self.micro_batch]
@@ -167,15 +168,13 @@ class Worker:
         saves = applied and (self.step % config.checkpoint_every == 0 or last)
         if applied and (self.step % config.log_every == 0 or last):
             self._log()
-        every = config.validation.every
-        if saves if every is None else applied and (self.step % every == 0 or last):
-            loss = self._validate()
-            if saves and loss is not None and (self.best is None or loss < self.best[1]):
-                self.best = (self.step, loss)
         if saves or asked:
             self._save()
         if asked:
             self._answer(stop)
+        every = config.validation.every
+        if saves if every is None else applied and (self.step % every == 0 or last):
+            self._validate()
 
     def _build_meter(self) -> Meter:
         """Every rank measures its matmul rate, at the same time as those that share its cores."""
@@ -197,18 +196,25 @@ class Worker:
         point = self.meter.point(self.device)
         self.loss = point.get("train/loss", self.loss)
         rate = learning_rate(self.config, self.images_seen)
-        counts = {"train/learning_rate": rate, PROGRESS_KEY: self.step}
+        counts = {
+            "train/learning_rate": rate,
+            "train/loss_spikes": self.guard.spikes,
+            "perf/workers": self.world,
+            "perf/micro_batch_size": self.micro_batch,
+            PROGRESS_KEY: self.step,
+        }
         self.tracker.log({**point, **self.saver.metrics, **counts}, self.images_seen)
 
-    def _validate(self) -> float | None:
-        """Returns the mean validation loss, where it is measured."""
+    def _validate(self) -> None:
+        """After the checkpoint, which what goes wrong here cannot take along."""
         with self.meter.pause():
             losses, grid = self.validation.run()
         if losses:
             self.tracker.log(losses, self.images_seen)
+            if self.rank == 0:
+                note_validation(self.config.output, self.step, losses["val/loss"])
         if grid is not None:
             self.tracker.image(f"samples/step-{self.step:010d}.png", grid)
-        return losses.get("val/loss")
 
     def _build_saver(self) -> Saver:
         config = self.config
@@ -221,13 +227,13 @@ class Worker:
             keep_every=config.keep_every,
         )
 
-    def _resume(self) -> None:
-        self.saver.checkpoint, progress = resume(self.config.output, self.engine.state, self.ema, zero.all_gather)
-        if self.saver.checkpoint:
+    def _resume(self, origin: Origin) -> None:
+        progress = resume(self.config.output, origin, self.engine.state, self.ema, zero.all_gather)
+        self.saver.checkpoint = origin.url
+        if progress:
             self.step, self.batches_read, self.loss = progress["step"], progress["batches_read"], progress["loss"]
             self.guard.load(progress["guard"])
             self.meter.load(progress["meter"])
-            self.best = progress["best"] and tuple(progress["best"])
 
     def _save(self) -> None:
         progress = {
@@ -237,7 +243,6 @@ class Worker:
             "batches_read": self.batches_read,
             "guard": self.guard.state(),
             "meter": self.meter.state(),
-            "best": self.best,
             "micro_batch_size": self.micro_batch,
         }
         self.saver.save(progress)
@@ -249,7 +254,9 @@ class Worker:
         except CheckpointError:  # which the saver has told and counted: training goes on
             if stop:
                 raise
-        self.notices.saved()
+            self.notices.failed()
+        else:
+            self.notices.saved()
 
     def _finish_snapshot(self, checkpoint: str) -> None:
         """What a kill after the checkpoint may have prevented."""

@@ -7,6 +7,8 @@ so a run that goes on in the same world takes what it had.
 from __future__ import annotations
 
 import copy
+import functools
+import gc
 import os
 import platform
 from collections.abc import Callable
@@ -87,7 +89,14 @@ def largest_that_fits(share: int, trial: Callable[[int], None]) -> int | None:
 
 
 def trial_pass(
-    denoiser: nn.Module, size: int, latent_shape: tuple[int, int, int], *, labels: bool, precision: str, reserved: int
+    denoiser: nn.Module,
+    size: int,
+    latent_shape: tuple[int, int, int],
+    *,
+    labels: bool,
+    precision: str,
+    reserved: int,
+    timestep_dtype: torch.dtype = torch.int64,
 ) -> None:
     """Forward and backward of `size` samples beside `reserved` bytes, and nothing is left of it.
 
@@ -98,9 +107,10 @@ def trial_pass(
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             x = torch.zeros(size, *latent_shape, device=device)
-            t = torch.zeros(size, dtype=torch.int64, device=device)
+            t = torch.zeros(size, dtype=timestep_dtype, device=device)
+            label = torch.zeros(size, dtype=torch.int64, device=device)
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                output = denoiser(x, t, t if labels else None)
+                output = denoiser(x, t, label if labels else None)
             output.float().square().mean().backward()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -126,21 +136,29 @@ def _saved(checkpoint: str | None, world: int) -> int | None:
 
 def _by_trial(config: TrainConfig, denoiser: nn.Module, dataset: LatentDataset, device: torch.device) -> int:
     share = config.global_batch_size // torch.distributed.get_world_size()
-    model = copy.deepcopy(denoiser).to(device)
-    # The trial itself holds the weights, and their gradients.
     state = _memory(config, _without_activations(denoiser), share)
-    reserved = max(0, state.total - 2 * sum(p.nbytes for p in model.parameters()))
-    labels = bool(dataset.num_classes)
-
-    def trial(size: int) -> None:
-        trial_pass(model, size, dataset.latent_shape, labels=labels, precision=config.precision, reserved=reserved)
-
-    found = largest_that_fits(share, trial)
+    found = _tried(config, copy.deepcopy(denoiser).to(device), dataset, share, state.total)
+    gc.collect()  # checkpointed blocks refer to themselves
+    torch.cuda.empty_cache()
     # A rank that raised alone would leave the others waiting.
     if None in zero.all_gather(found):
         raise _nothing_fits(state.total)
     assert found is not None
     return found
+
+
+def _tried(config: TrainConfig, model: nn.Module, dataset: LatentDataset, share: int, state: int) -> int | None:
+    # The trial itself holds the weights, and their gradients.
+    trial = functools.partial(
+        trial_pass,
+        model,
+        latent_shape=dataset.latent_shape,
+        labels=bool(dataset.num_classes),
+        precision=config.precision,
+        reserved=max(0, state - 2 * sum(p.nbytes for p in model.parameters())),
+        timestep_dtype=torch.float32 if config.diffusion.is_flow else torch.int64,
+    )
+    return largest_that_fits(share, trial)
 
 
 def _by_estimate(config: TrainConfig, dataset: LatentDataset) -> tuple[int, str]:
@@ -161,7 +179,7 @@ def _by_estimate(config: TrainConfig, dataset: LatentDataset) -> tuple[int, str]
 def _costs(config: TrainConfig, dataset: LatentDataset) -> Cost | str:
     """Seconds of one core; or why they are not known."""
     try:
-        return denoiser_cost(config, dataset)
+        return denoiser_cost(config, dataset, on_gpu=False)
     except UntraceableError as error:
         return str(error)
 

@@ -1,14 +1,17 @@
 """What a run began with, and what was excluded from it since: `OUTPUT/run.json` and `OUTPUT/exclude/`."""
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldm import storage
 from ldm.config import RequestError, differences, validate
 from ldm.latents.choice import ids_hash, read_ids
+from pipelines.progress import say
 from pipelines.train.config import TrainConfig, trajectory
 
 RUN_FILE = "run.json"
+VALIDATION_FILE = "validation.json"
 FORMAT, VERSION = "ldm-run", 2
 """Version 1 drew other random numbers and had another order of samples."""
 
@@ -61,8 +64,30 @@ def write_record(output: str, record: RunRecord) -> None:
     storage.write_json(storage.join(output, RUN_FILE), {"format": FORMAT, "version": VERSION, **asdict(record)})
 
 
+def write_note(url: str, value: Any) -> None:
+    """JSON that a run can do without: where it cannot be written, that is said, and training goes on."""
+    try:
+        storage.write_json(url, value)
+    except OSError as error:
+        say(f"train: {url} cannot be written ({' '.join(str(error).split())[:200]})")
+
+
+def note_validation(output: str, step: int, loss: float) -> None:
+    """Adds to `OUTPUT/validation.json`, which says what snapshots are worth."""
+    losses = validation_losses(output)
+    write_note(storage.join(output, VALIDATION_FILE), {**losses, str(step): loss if math.isfinite(loss) else None})
+
+
+def validation_losses(output: str) -> dict[str, float | None]:
+    """Of the average, by optimizer step; None where it was not finite."""
+    url = storage.join(output, VALIDATION_FILE)
+    return storage.read_json(url) if storage.exists(url) else {}
+
+
 def exclusions_asked(config: TrainConfig, record: RunRecord | None, batches_read: int) -> dict[int, frozenset[int]]:
-    """All that is left out from each step on, when the run goes on after so many batches. Lists only grow.
+    """All that is left out from each batch on, when the run goes on after so many batches. Lists only grow.
+
+    What a run that goes back left out later is left out from there on.
 
     Raises RequestError where the request lacks what the run leaves out already.
     """
@@ -75,7 +100,8 @@ def exclusions_asked(config: TrainConfig, record: RunRecord | None, batches_read
             f"exclude={config.exclude}: lacks {len(missing)} of the {len(before)} ids that the run leaves out already, "
             f"such as {min(missing)}; add to the list, and take nothing from it"
         )
-    return known if asked == before else {**known, batches_read: asked}
+    kept = {at: ids for at, ids in known.items() if at <= batches_read}
+    return kept if asked == frozenset[int]().union(*kept.values()) else {**kept, batches_read: asked}
 
 
 def write_exclusions(output: str, exclusions: dict[int, frozenset[int]]) -> dict[int, str]:

@@ -6,6 +6,7 @@ whether it is done, so that workers that Ray starts again, and the same command 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ldm import storage
@@ -44,22 +45,35 @@ def ask_to_go_back(output: str, resume_from: int | None) -> None:
         storage.write_json(storage.join(output, _FILE), {"step": resume_from, "done": False})
 
 
-def resume(output: str, state: ShardedState, ema: Ema, all_gather: AllGather) -> tuple[str | None, dict[str, Any]]:
-    """Loads what the run in `output` goes on from; (None, {}) where it begins. Collective.
+@dataclass(frozen=True)
+class Origin:
+    """What a run goes on from. url: of the checkpoint; None where it begins. back_to: the step that it goes back to."""
+
+    url: str | None
+    back_to: int | None
+
+
+def find_origin(output: str, all_gather: AllGather) -> Origin:
+    """Collective: one rank decides for all, for they might not see the same newest one."""
+    asked, newest = all_gather((_asked(output), newest_checkpoint(output)))[0]
+    if asked is not None and not asked["done"]:
+        return Origin(checkpoint_url(output, asked["step"]), asked["step"])
+    return Origin(newest, None)
+
+
+def resume(output: str, origin: Origin, state: ShardedState, ema: Ema, all_gather: AllGather) -> dict[str, Any]:
+    """Loads what the run in `output` goes on from; {} where it begins. Collective.
 
     Raises CheckpointError on every rank, which names the damaged file and what to do about it. Going back removes the
-    newer checkpoints once the older one is loaded.
+    newer checkpoints and snapshots once the older checkpoint is loaded.
     """
-    # One rank decides for all: they might not see the same newest one.
-    asked, newest = all_gather((_asked(output), newest_checkpoint(output)))[0]
-    goes_back = asked is not None and not asked["done"]
-    url = checkpoint_url(output, asked["step"]) if goes_back else newest
-    if url is None:
-        return None, {}
-    progress = load_checkpoint(url, state, ema, all_gather)
-    if goes_back:
-        together(url, state.rank, all_gather, lambda: _go_back(output, asked["step"]) if state.rank == 0 else None)
-    return url, progress
+    if origin.url is None:
+        return {}
+    progress = load_checkpoint(origin.url, state, ema, all_gather)
+    back_to = origin.back_to
+    if back_to is not None:
+        together(origin.url, state.rank, all_gather, lambda: _go_back(output, back_to) if state.rank == 0 else None)
+    return progress
 
 
 def _asked(output: str) -> dict[str, Any] | None:
@@ -71,4 +85,8 @@ def _go_back(output: str, step: int) -> None:
     for newer in committed_steps(output):
         if newer > step:
             remove_checkpoint(output, newer)
+    snapshots = storage.join(output, "snapshots")
+    for name in storage.list_dir(snapshots):
+        if name > f"step-{step:010d}":  # of the branch that is left
+            storage.remove(storage.join(snapshots, name, "snapshot.json"))
     storage.write_json(storage.join(output, _FILE), {"step": step, "done": True})

@@ -13,7 +13,7 @@ from pipelines.outbox import kept_files
 from pipelines.progress import say
 from pipelines.tracking import Tracker
 from pipelines.train.build import engine_settings, open_latents
-from pipelines.train.checkpoint import read_progress
+from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.train.config import TrainConfig, check_unused, trajectory
 from pipelines.train.estimate import meta_denoiser
 from pipelines.train.loop import snapshot_url, tracking_url
@@ -21,12 +21,14 @@ from pipelines.train.record import (
     RunRecord,
     exclusions_asked,
     read_record,
+    validation_losses,
     write_exclusions,
     write_record,
 )
 from pipelines.train.resume import ask_to_go_back, choose_checkpoint
 from pipelines.train.schedule import check_schedule
 from pipelines.train.space import check_space
+from pipelines.train.validation import check_validation
 from pipelines.train.workers import possible_worlds, run_workers
 
 
@@ -53,6 +55,7 @@ class TrainPlan:
     output_bytes: int  # that the rest of the run adds at most
     checkpoint: str | None
     record: RunRecord | None  # of the run that goes on
+    goes_back: bool = False  # to an earlier checkpoint than the newest
     notes: tuple[str, ...] = ()  # what changes on the way from the snapshot of init_from
 
     @property
@@ -79,6 +82,9 @@ def plan(config: TrainConfig) -> TrainPlan:
     dataset = open_latents(config, record.generations if record else None, exclusions)
     world = possible_worlds(config)[0]
     check_schedule(config)
+    check_validation(config, dataset)
+    if config.holdout > 0 and config.validation.images > 0:
+        open_latents(config, record.generations if record else None, exclusions, split="holdout")
     engine_settings(config, 1, world)
     if record is None:
         check_unused(config.diffusion)
@@ -93,7 +99,8 @@ def plan(config: TrainConfig) -> TrainPlan:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
     output_bytes = check_space(config, parameters, checkpoint)
-    return TrainPlan(dataset, exclusions, parameters, output_bytes, checkpoint, record, notes)
+    goes_back = checkpoint is not None and checkpoint != newest_checkpoint(config.output)
+    return TrainPlan(dataset, exclusions, parameters, output_bytes, checkpoint, record, goes_back, notes)
 
 
 def train(config: TrainConfig) -> TrainReport:
@@ -119,7 +126,8 @@ def train(config: TrainConfig) -> TrainReport:
             with _tracker(config, finished.run_id):
                 pass  # which sends what MLflow has not heard yet
         return finished
-    run_id = todo.record.run_id if todo.record else None
+    # Another trajectory, whose points would meet those of the one that is left, has a run of its own.
+    run_id = todo.record.run_id if todo.record and not todo.goes_back else None
     with _tracker(config, run_id) as tracker, cluster.ray_session():
         record = _keep_record(config, todo, tracker.run_id)
         generation = "+".join(record.generations)
@@ -140,10 +148,18 @@ def train(config: TrainConfig) -> TrainReport:
             tracker.log({"perf/start_seconds": seconds}, step * config.global_batch_size)
 
         result = run_workers(config, record, tracker.run_id, started)
-        if (best := result.pop("best")) is not None:
-            step, loss = best
-            tracker.best_model(read_snapshot(snapshot_url(config.output, step)), "val/loss", loss)
+        _name_the_best(config, tracker)
     return TrainReport(**result, run_id=tracker.run_id)
+
+
+def _name_the_best(config: TrainConfig, tracker: Tracker) -> None:
+    """Of the snapshots that were validated and are there, the one with the smallest loss."""
+    losses = sorted((loss, int(step)) for step, loss in validation_losses(config.output).items() if loss is not None)
+    for loss, step in losses:
+        url = snapshot_url(config.output, step)
+        if storage.exists(storage.join(url, "snapshot.json")):
+            tracker.best_model(read_snapshot(url), "val/loss", loss)
+            return
 
 
 def _tracker(config: TrainConfig, run_id: str | None) -> Tracker:

@@ -58,6 +58,7 @@ class Saver:
         self._running: _Save | None = None
         sweep_unfinished(output)
         self._failed = self._failed_in_a_row = 0
+        self._failure: Exception | None = None  # of the save before
 
     def save(self, progress: Mapping[str, Any]) -> None:
         """Begins to save this moment; waits for the save before it, and for the copy to the host.
@@ -65,8 +66,9 @@ class Saver:
         `progress` holds "step" at least. Raises CheckpointError where three saves in a row have failed.
         """
         began = time.monotonic()
-        failure = self._settle()
-        if failure is not None and self._failed_in_a_row >= FAILURES:
+        self._settle()
+        if self._failed_in_a_row >= FAILURES:
+            failure = self._failure
             raise CheckpointError(f"{FAILURES} saves in a row failed; {self._last_good}; {failure}") from failure
         waited = time.monotonic() - began
         part = self._host.take()
@@ -105,6 +107,7 @@ class Saver:
         self.checkpoint = save.url or self.checkpoint
         self._failed += save.failure is not None
         self._failed_in_a_row = 0 if save.failure is None else self._failed_in_a_row + 1
+        self._failure = save.failure
         return save.failure
 
     def _write(self, save: _Save) -> None:

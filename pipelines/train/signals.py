@@ -48,6 +48,12 @@ class Notices:
             self._answered = self._asked
             self._board.answer.remote(self._answered)
 
+    def failed(self) -> None:
+        """Call where the checkpoint could not be taken: who asked is told. A SIGTERM stands, for the next step."""
+        if self._board is not None and self._asked > self._answered:
+            self._answered = self._asked
+            self._board.refuse.remote(self._answered)
+
     def _hear(self) -> None:
         """Takes the board's reply, if it is there, and asks again: one question at a time."""
         if self._board is None or time.monotonic() < self._replied_at + _POLL_S:

@@ -13,12 +13,13 @@ import torch.distributed as dist
 
 from ldm import images, storage
 from ldm.autoencoder import load_autoencoder
+from ldm.config import RequestError
 from ldm.drawing import PictureSampler
 from ldm.latents.dataset import LatentDataset
-from ldm.plan import SamplerConfig
+from ldm.plan import SamplerConfig, make_plan
 from ldm.sampling import resolve_labels
 from pipelines.train import zero
-from pipelines.train.config import TrainConfig
+from pipelines.train.config import TrainConfig, ValidationConfig
 from pipelines.train.ema import Ema
 from pipelines.train.objective import Objective
 
@@ -99,12 +100,33 @@ class Validation:
             )
         labels = resolve_labels(None, conditioning, share * self.world)
         own = torch.arange(self.rank * share, (self.rank + 1) * share)
-        sampler = SamplerConfig(
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale
-        )
-        drawn = self._sampler.draw(None if labels is None else labels[own], own, sampler)
+        drawn = self._sampler.draw(None if labels is None else labels[own], own, _sampler(settings))
         pictures = torch.cat(zero.all_gather(drawn.cpu()))[: settings.grid]
         return images.grid(pictures.numpy(), columns=max(1, round(len(pictures) ** 0.5)))
+
+
+def check_validation(config: TrainConfig, dataset: LatentDataset) -> None:
+    """Raises RequestError where the latents have no decoder, or for pictures that the model cannot draw."""
+    settings, conditioning = config.validation, dataset.manifest.conditioning
+    folder = storage.join(dataset.manifest.url, "autoencoder")
+    if not storage.exists(storage.join(folder, "config.json")):  # of snapshots, too
+        raise RequestError(f"latents={dataset.manifest.url}: lacks its autoencoder; give what `ldm encode` wrote")
+    if not settings.grid:
+        return
+    try:
+        make_plan(config.diffusion, _sampler(settings))
+    except RequestError as error:
+        raise RequestError(f"validation.{error}") from None
+    if settings.guidance_scale != 1:
+        line = f"validation.guidance_scale={settings.guidance_scale}: "
+        if conditioning.type == "none":
+            raise RequestError(line + "the latents have no classes; must be 1")
+        if config.denoiser.label_dropout == 0:
+            raise RequestError(line + "denoiser.label_dropout=0 trains no null class; must be 1")
+
+
+def _sampler(settings: ValidationConfig) -> SamplerConfig:
+    return SamplerConfig(num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale)
 
 
 @contextlib.contextmanager
@@ -114,16 +136,13 @@ def averaged(engine: zero.Engine, ema: Ema, profile: str) -> Iterator[None]:
     kept = [held.master.clone() for held in state.held]
     training = engine.inner.training
     engine.inner.eval()
-    try:
-        with torch.no_grad():
-            _put(engine, ema.averages[profile])
-            yield
-    finally:
-        with torch.no_grad():
-            for held, master in zip(state.held, kept, strict=True):
-                held.master.copy_(master)
-            state.publish()
-        engine.inner.train(training)
+    with torch.no_grad():
+        _put(engine, ema.averages[profile])
+        yield  # an error of one rank ends the run, and must not wait in `publish` for the others
+        for held, master in zip(state.held, kept, strict=True):
+            held.master.copy_(master)
+        state.publish()
+    engine.inner.train(training)
 
 
 def _put(engine: zero.Engine, averages: Sequence[torch.Tensor]) -> None:

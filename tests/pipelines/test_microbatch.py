@@ -98,7 +98,7 @@ def scenario(rank: int, world: int, latents: str, output: str) -> dict[str, Any]
     take("same world", Hungry(0), True, f"{output}/of-2")
     take("other world", Hungry(6), True, f"{output}/of-3")
     take("estimate", Hungry(0), False)
-    costs = denoiser_cost(config, dataset)
+    costs = denoiser_cost(config, dataset, on_gpu=False)
     for name, size, room in (("tight", 6, 1.01), ("too tight", 1, 0.99)):  # shares of what `size` samples need
         needed = memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage).total
         microbatch.node_memory = lambda needed=needed * room: int(world * needed / 0.8)  # type: ignore[assignment]
