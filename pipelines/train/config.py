@@ -98,7 +98,7 @@ class TrainConfig(Config):
     max_failures: int = Field(3, ge=0, description="times that Ray restarts the workers from the newest checkpoint")
     resume: Literal["auto", "required", "never"] = Field(
         "auto",
-        description="auto: go on from the newest checkpoint in output, if any; required: fail without; never: fail with",
+        description="auto: go on from output's newest checkpoint, if any; required: fail without; never: fail with",
     )
     resume_from: int | None = Field(
         None, gt=0, description="optimizer step of the checkpoint to go on from; the newest unless given"

@@ -1,5 +1,6 @@
 """FLOPs against formulas by hand, activation memory against what a real pass holds."""
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ldm.cost import Cost, LiveBytes, UntraceableError, cost
 from ldm.denoiser import DenoiserConfig, build_denoiser
-from ldm.dit import Block
+from ldm.dit import Block, fused_attention
 from ldm.unet import UNetConfig
 
 SMALL = DenoiserConfig(hidden_size=96, depth=2, num_heads=3)
@@ -20,8 +21,11 @@ def meta(config: DenoiserConfig, size: int = 32, classes: int | None = 1000) -> 
         return build_denoiser(config, in_channels=4, sample_size=(size, size), num_classes=classes)
 
 
-def costs(config: DenoiserConfig, precision: str = "fp32", size: int = 32, classes: int | None = 1000) -> Cost:
-    return cost(meta(config, size, classes), (4, size, size), precision, has_labels=classes is not None)
+def costs(
+    config: DenoiserConfig, precision: str = "fp32", size: int = 32, classes: int | None = 1000, on_gpu: bool = True
+) -> Cost:
+    shape, has_labels = (4, size, size), classes is not None
+    return cost(meta(config, size, classes), shape, precision, has_labels=has_labels, on_gpu=on_gpu)
 
 
 def dit_multiply_adds(tokens: int, d: int, depth: int, patch_dim: int) -> int:
@@ -40,15 +44,18 @@ def test_flops_of_dit_are_those_of_the_formula_and_the_paper() -> None:
     assert found.parameters == found.trainable_parameters == sum(p.numel() for p in meta(SMALL).parameters())
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_the_peak_is_that_of_a_real_pass(precision: str) -> None:
-    found = costs(SMALL, precision, size=16)
+def test_the_peak_is_that_of_a_real_pass(precision: str, on_gpu: bool) -> None:
+    """On a CPU; and with the attention of a GPU, which keeps less."""
+    found = costs(SMALL, precision, size=16, on_gpu=on_gpu)
     real = build_denoiser(SMALL, in_channels=4, sample_size=(16, 16), num_classes=1000)
     for parameter in real.parameters():
         parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     batch = 5
     given = (torch.ones(batch, 4, 16, 16), torch.ones(batch, dtype=torch.int64), torch.ones(batch).long())
-    with LiveBytes([*given, *real.parameters(), *real.buffers()]) as live:
+    attention = fused_attention() if on_gpu else contextlib.nullcontext()
+    with attention, LiveBytes([*given, *real.parameters(), *real.buffers()]) as live:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             output = real(*given)
         output.float().square().mean().backward()
