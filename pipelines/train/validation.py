@@ -116,7 +116,8 @@ def check_validation(config: TrainConfig, dataset: LatentDataset) -> None:
     try:
         make_plan(config.diffusion, _sampler(settings))
     except RequestError as error:
-        raise RequestError(f"validation.{error}") from None
+        prefix = "" if str(error).startswith("diffusion.") else "validation."
+        raise RequestError(f"{prefix}{error}") from None
     if settings.guidance_scale != 1:
         line = f"validation.guidance_scale={settings.guidance_scale}: "
         if conditioning.type == "none":

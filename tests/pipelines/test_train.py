@@ -18,7 +18,7 @@ from ldm.latents.manifest import Conditioning
 from ldm.sampling import SampleConfig, sample
 from ldm.snapshot import read_snapshot
 from pipelines.train import TrainConfig, TrainReport, plan, train
-from pipelines.train.checkpoint import checkpoint_url, newest_checkpoint, read_full
+from pipelines.train.checkpoint import newest_checkpoint, read_full
 from tests.ldm.exchanging import write
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import tiny
@@ -220,11 +220,14 @@ def test_a_denoiser_of_ones_own_plugs_in_by_name(
     assert sample(SampleConfig(**draw, denoiser_type="custom_denoiser:MyDenoiser")).images == 2
 
 
+@pytest.mark.faults
 @pytest.mark.ray
 def test_a_damaged_checkpoint_is_an_error_with_the_cause_and_can_be_gone_back_from(
     latents: str, uninterrupted: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    output = tmp_path / "run"
+    from mlflow import MlflowClient
+
+    output, tracking = tmp_path / "run", tracked(uninterrupted.uri)
     shutil.copytree(uninterrupted.output, output)
     checkpoint = newest_checkpoint(str(output))
     damaged = next(path for path in Path(str(checkpoint)).glob("rank-*.safetensors"))
@@ -232,15 +235,20 @@ def test_a_damaged_checkpoint_is_an_error_with_the_cause_and_can_be_gone_back_fr
     with pytest.raises(RuntimeError, match=rf"training failed: .*{damaged.name}.* give resume_from=6 to go on from"):
         train(config(latents, output, max_steps=9))
     assert "a worker failed" not in capfd.readouterr().err, "starting again would not cure it"
+    tiny.flip(Path(str(checkpoint)) / "checkpoint.json")
     with pytest.raises(
         RequestError, match=r"resume_from=5: .* has no checkpoint of that step; it has those of 4, 6, 8$"
     ):
         plan(config(latents, output, resume_from=5))
     assert plan(config(latents, output, resume_from=6)).output_bytes > 0
-    assert train(config(latents, output, resume_from=6)).step == 8
+    assert train(config(latents, output, resume_from=6, max_steps=7, tracking=tracking)).step == 7
+    assert not (output / "snapshots" / "step-0000000008" / "snapshot.json").exists(), "of the branch that was left"
+    report = train(config(latents, output, resume_from=6, tracking=tracking))
+    assert report.step == 8, "the same command goes on, and does not go back again"
     assert_bitwise(state(output), state(uninterrupted.output))
-    assert train(config(latents, output, max_steps=9, resume_from=6)).step == 9, "the same command goes on"
-    assert read_full(checkpoint_url(str(output), 8), "master"), "and does not go back again"
+    assert report.run_id != uninterrupted.report.run_id
+    points = MlflowClient(uninterrupted.uri).get_metric_history(report.run_id, "train/loss")
+    assert [point.step for point in points] == [56, 64]
 
 
 @pytest.mark.faults
@@ -277,6 +285,19 @@ def test_workers_that_fail_to_the_end_are_an_error_with_the_cause(
         ({"resume": "required"}, "resume=required: .* holds no checkpoint"),
         ({"init_from": "/nowhere"}, "init_from=/nowhere: is no snapshot"),
         ({"holdout": 0.999999}, "the train split holds no sample"),
+        ({"holdout": 1e-9}, "the holdout split holds no sample"),
+        ({"micro_batch_size": 0}, "micro_batch_size=0: input should be greater than 0"),
+        (
+            {"validation": {"grid": 4, "guidance_scale": 3}, "denoiser": {"label_dropout": 0}},
+            "validation.guidance_scale=3.0: denoiser.label_dropout=0 trains no null class; must be 1",
+        ),
+        (
+            {
+                "validation": {"grid": 4, "num_inference_steps": 25},
+                "diffusion": {"num_train_timesteps": 20, "schedule": "cosine"},
+            },
+            "validation.num_inference_steps=25: ",
+        ),
         ({"max_steps": 10**13}, "output=.*run: needs about .* TB, but .* are free; give an output on a larger disk"),
     ],
 )
