@@ -13,6 +13,7 @@ import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -197,12 +198,12 @@ def killing(output: str) -> Iterator[list[int]]:
     As soon as there is a checkpoint to go on from. Yields a list of the step of that one, which is empty before.
     """
     stop, kills, failures = threading.Event(), list[int](), list[BaseException]()
+    killers = _killers()
 
     def watch() -> None:
         try:
             while not stop.wait(0.02):
-                committed = committed_steps(output)
-                if committed and _kill_worker():
+                if committed_steps(output) and _kill_worker(killers):
                     kills.append(max(committed_steps(output)))
                     return
         except Exception as error:
@@ -219,24 +220,46 @@ def killing(output: str) -> Iterator[list[int]]:
         raise failures[0]
 
 
-def _kill_worker() -> bool:
+class _Killer:
+    """An actor that is there before it is needed: a task takes seconds to start, and short runs do not wait."""
+
+    def kill(self, pid: int) -> bool:
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it had just ended
+            return False
+        return True
+
+    def ready(self) -> None:
+        pass
+
+
+def _killers() -> dict[str, Any]:
+    """One on each node, by the node's id."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    killers = {
+        node["NodeID"]: ray.remote(_Killer)
+        .options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote()
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    ray.get([killer.ready.remote() for killer in killers.values()])
+    return killers
+
+
+def _kill_worker(killers: dict[str, Any]) -> bool:
     """Whether there was a training worker of this job to kill."""
     import ray
     from ray._private.state import state  # the public list of actors needs a dashboard
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     job = ray.get_runtime_context().get_job_id()
     actors = state.actor_table(None, ray.JobID.from_hex(job), "ALIVE").values()
     workers = sorted((a["Address"]["NodeID"], a["Pid"]) for a in actors if a["ActorClassName"] == "RayTrainWorker")
-    if not workers:
-        return False
-    node, pid = workers[-1]
-    say(f"kill -9 {pid}  (a training worker)")
-    there = NodeAffinitySchedulingStrategy(node, soft=False)
-    kill = ray.remote(_sigkill).options(num_cpus=0, max_retries=0, scheduling_strategy=there)
-    ray.get(kill.remote(pid))
-    return True
-
-
-def _sigkill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
+    for node, pid in workers[-1:]:
+        if ray.get(killers[node].kill.remote(pid)):
+            say(f"kill -9 {pid}  (a training worker)")
+            return True
+    return False
