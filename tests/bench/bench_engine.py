@@ -154,7 +154,7 @@ def of_rank(rank: int, world: int, what: str, url: str, stage: int, precision: s
     for one, other in (("ours", "bare"), ("bare", "plain")) if what == "overhead" else ():
         ratios = [a / b for a, b in zip(seconds[one], seconds[other], strict=True)]
         found[f"{one} / {other}"] = round(statistics.median(ratios), 3)
-    shares = [a / b for a, b in zip(ours.averaging[-ROUNDS:], seconds["ours"], strict=True)]
+    shares = [a / b for a, b in zip(ours.averaging[WARM_UP:], seconds["ours"], strict=True)]
     return found | {"ema share of ours": round(statistics.median(shares), 4)}
 
 
