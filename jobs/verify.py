@@ -7,7 +7,7 @@ from ldm import storage
 from ldm.config import Config
 from ldm.latents.manifest import read_manifest
 from pipelines.train import plan
-from pipelines.train.selfcheck import ResumeCheckConfig, ResumeCheckReport, check_resume
+from pipelines.train.selfcheck import ResumeCheckConfig, ResumeCheckReport, check_resume, short_run
 from pipelines.verify import VerifyConfig as StageConfig
 from pipelines.verify import VerifyReport, verify
 
@@ -28,7 +28,7 @@ def run(config: Config) -> VerifyReport | ResumeCheckReport:
 def dry_run(config: Config) -> str:
     """Checks the request; returns what would be done."""
     if isinstance(config, ResumeCheckConfig):
-        todo = plan(config)
+        todo = plan(short_run(config, config.output))
         return (
             f"verify that training resumes exactly: {todo.parameters / 1e6:.1f} M parameters, three runs of "
             f"{config.steps} steps on {config.num_workers} workers, below {config.output}, removed at the end"

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ldm import storage
-from ldm.config import Location, validate
+from ldm.config import Location, RequestError, validate
 from pipelines import cluster
 from pipelines.progress import say
 from pipelines.train.checkpoint import checkpoint_url, committed_steps, newest_checkpoint, read_full
@@ -85,19 +85,19 @@ def check_resume(config: ResumeCheckConfig) -> ResumeCheckReport:
     """
     scratch = storage.join(storage.absolute(config.output), f"resume-check-{uuid.uuid4().hex[:8]}")
     first, second, third = (storage.join(scratch, name) for name in ("first", "second", "killed"))
-    plan(_short(config, first))
+    plan(short_run(config, first))
     was_there = storage.exists(config.output)
     try:
         with cluster.ray_session():
             for number, output in enumerate((first, second), 1):
                 say(f"verify: run {number} of 3, undisturbed")
-                train(_short(config, output))
+                train(short_run(config, output))
             floor = compare(first, second)
             storage.remove(second)
             say(f"verify: floor of this hardware: {floor.first or 'none, two runs are equal to the last bit'}")
             say("verify: run 3 of 3, one worker of which is killed")
             with killing(third) as kills:
-                train(_short(config, third))
+                train(short_run(config, third))
             found = compare(first, third)
     finally:
         storage.remove(scratch)
@@ -128,14 +128,23 @@ def report(config: ResumeCheckConfig, floor: Difference, found: Difference, kill
     return made
 
 
-def _short(config: ResumeCheckConfig, output: str) -> TrainConfig:
+def short_run(config: ResumeCheckConfig, output: str) -> TrainConfig:
+    """One of the runs of a check: its length, log, checkpoints, validation and tracking are the check's own.
+
+    Raises RequestError.
+    """
+    least, most = config.workers_range
+    if least != most:  # a worker that is lost might leave another world, which rounds otherwise
+        raise RequestError(f"num_workers=[{least}, {most}]: a resume is exact in one world; give num_workers={most}")
     values = config.model_dump(exclude={"steps"}) | {
         "output": output,
         "max_steps": config.steps,
         "checkpoint_every": config.steps // _CHECKPOINTS,
         "log_every": config.steps // _CHECKPOINTS,
         "keep_last": _CHECKPOINTS,
+        "keep_every": None,
         "resume": "auto",
+        "resume_from": None,
         "max_failures": max(1, config.max_failures),
         "tracking": config.tracking.model_copy(update={"enabled": False}).model_dump(),
         "validation": config.validation.model_copy(update={"images": 0, "grid": 0}).model_dump(),
