@@ -70,7 +70,7 @@ class Outbox:
         self.refused: list[str] = []
         self._writer = writer
         self._run, self._artifacts = self._lanes = (_Lane(), _Lane())
-        self._changed = threading.Condition()
+        self._changed, self._keeping = threading.Condition(), threading.Lock()
         self._known: set[str] = set()  # files that this outbox wrote or read
         self._ready = self._closing = self._abandoned = self._says_down = self._says_unkept = False
         self._keeper = self._start(self._keep_loop)
@@ -80,6 +80,20 @@ class Outbox:
         with self._changed:
             self._lane(record).items.append(_Item(self.run_id, record, time.monotonic()))
             self._changed.notify_all()
+
+    def secure(self, seconds: float) -> None:
+        """Waits until all that is queued now is written or in a file: after so long it is put into one."""
+
+        def unsafe() -> list[_Item]:
+            pending = set(self._pending())
+            return [item for item in queued if item.file is None and item in pending]
+
+        with self._changed:
+            queued = self._pending()
+            self._changed.wait_for(lambda: not unsafe() or any(lane.failures for lane in self._lanes), seconds)
+            left = unsafe()
+        if left and self.folder:
+            self._keep(self.folder, left)
 
     def close(self, seconds: float, load: bool) -> tuple[int, int]:
         """Sends what is left, for at most so long, and keeps the rest.
@@ -164,6 +178,7 @@ class Outbox:
             lane.failures = 0
             back = self._says_down and not any(other.failures for other in self._lanes)
             self._says_down = self._says_down and not back
+            self._changed.notify_all()
         if back:
             say(f"tracking: {self.uri} is written to again")
         self._forget({item.file for item in batch})
@@ -204,6 +219,12 @@ class Outbox:
         ]
 
     def _keep(self, folder: str, items: list[_Item]) -> None:
+        with self._keeping:
+            self._write_file(folder, [item for item in items if item.file is None])
+
+    def _write_file(self, folder: str, items: list[_Item]) -> None:
+        if not items:
+            return
         url = storage.join(folder, f"{_PREFIX}{time.time_ns()}-{uuid.uuid4().hex[:8]}.jsonl")
         lines = [{"uri": self.uri, "run_id": item.run_id, **to_values(item.record)} for item in items]
         with self._changed:

@@ -29,7 +29,7 @@ from pipelines.train.guard import Guard, Samples, Usual, poisoned
 from pipelines.train.meter import Meter
 from pipelines.train.microbatch import micro_batch_size, worker_device
 from pipelines.train.objective import Objective
-from pipelines.train.record import note_validation
+from pipelines.train.record import note_validation, validation_losses
 from pipelines.train.resume import Origin, find_origin, resume
 from pipelines.train.saver import Saver
 from pipelines.train.schedule import learning_rate
@@ -96,6 +96,8 @@ class Worker:
         """
         if self.saver.checkpoint and self.rank == 0:
             self._finish_snapshot(self.saver.checkpoint)
+        if self._missed_validation():
+            self._validate()
         started = time.monotonic()
         self.meter.restart()
         self._show()
@@ -172,9 +174,13 @@ class Worker:
             self._save()
         if asked:
             self._answer(stop)
-        every = config.validation.every
-        if saves if every is None else applied and (self.step % every == 0 or last):
+        if applied and self._validates():
             self._validate()
+
+    def _validates(self) -> bool:
+        """Whether a validation is due at this step."""
+        every = self.config.validation.every or self.config.checkpoint_every
+        return self.step % every == 0 or self.step == self.config.max_steps
 
     def _build_meter(self) -> Meter:
         """Every rank measures its matmul rate, at the same time as those that share its cores."""
@@ -205,6 +211,11 @@ class Worker:
         }
         self.tracker.log({**point, **self.saver.metrics, **counts}, self.images_seen)
 
+    def _missed_validation(self) -> bool:
+        """Whether a kill came between the checkpoint of this step and its validation. Collective."""
+        missed = self.step > 0 and self._validates() and str(self.step) not in validation_losses(self.config.output)
+        return bool(self.validation.measures and zero.all_gather(missed)[0])
+
     def _validate(self) -> None:
         """After the checkpoint, which what goes wrong here cannot take along."""
         with self.meter.pause():
@@ -212,6 +223,7 @@ class Worker:
         if losses:
             self.tracker.log(losses, self.images_seen)
             if self.rank == 0:
+                self.tracker.secure()
                 note_validation(self.config.output, self.step, losses["val/loss"])
         if grid is not None:
             self.tracker.image(f"samples/step-{self.step:010d}.png", grid)
@@ -222,6 +234,7 @@ class Worker:
             config.output,
             self.engine.state,
             self.ema,
+            before_commit=self.tracker.secure,  # points up to here: a resumed run logs those after it
             after_commit=self._write_snapshot,
             keep_last=config.keep_last,
             keep_every=config.keep_every,

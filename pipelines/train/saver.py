@@ -43,15 +43,19 @@ class Saver:
         state: ShardedState,
         ema: Ema,
         *,
+        before_commit: Callable[[], None],
         after_commit: AfterCommit,
         keep_last: int,
         keep_every: int | None = None,
         checkpoint: str | None = None,
     ) -> None:
-        """`checkpoint` is the one that the run went on from, if any."""
+        """`checkpoint` is the one that the run went on from, if any.
+
+        before_commit is called on rank 0, in the thread: there what a resume will not do again is made to last.
+        """
         self.checkpoint = checkpoint  # the newest that is committed, as far as all ranks know
         self.metrics: dict[str, float] = {}
-        self._output, self._after_commit = output, after_commit
+        self._output, self._before_commit, self._after_commit = output, before_commit, after_commit
         self._keep_last, self._keep_every = keep_last, keep_every
         self._host = _HostCopy(state, ema)
         self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
@@ -119,6 +123,8 @@ class Saver:
                 self._after_commit(url, progress)
                 prune(self._output, self._keep_last, self._keep_every)
 
+        if part.rank == 0:
+            self._before_commit()
         try:
             url = save.url = save_checkpoint(self._output, part, progress, self._all_gather)
             together(url, part.rank, self._all_gather, lambda: finish(url))

@@ -47,14 +47,14 @@ class Validation:
 
     def run(self) -> tuple[dict[str, float], npt.NDArray[np.uint8] | None]:
         """(val/loss and val/loss_tNNNN, a grid of pictures uint8 (3, H, W)), each where it was asked for."""
-        if not self._draws and not self._measures:
+        if not self._draws and not self.measures:
             return {}, None
         with averaged(self.engine, self.ema, "main"):
-            losses = self._losses() if self._measures else {}
+            losses = self._losses() if self.measures else {}
             return losses, self._grid() if self._draws else None
 
     @property
-    def _measures(self) -> bool:
+    def measures(self) -> bool:
         return self.holdout is not None and self.config.validation.images > 0
 
     @property

@@ -68,7 +68,7 @@ def time_saves(rank: int, world: int, output: str, batch: int) -> dict[str, Any]
             safetensors.torch.save_file(weights, Path(folder, "x"))
             storage.commit_file(Path(folder, "x"), f"{output}/denoiser-{progress['step']}.safetensors")
 
-    saver = Saver(output, engine.state, ema, after_commit=write_average, keep_last=1)
+    saver = Saver(output, engine.state, ema, before_commit=lambda: None, after_commit=write_average, keep_last=1)
     x, labels = torch.randn(batch // world, 4, 32, 32), torch.zeros(batch // world, dtype=torch.long)
 
     def step() -> tuple[float, float]:

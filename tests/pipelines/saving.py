@@ -32,6 +32,7 @@ class Run:
             output,
             self.engine.state,
             self.ema,
+            before_commit=lambda: None,
             after_commit=lambda url, progress: self.saved.append((url, progress)),
             keep_last=9,
         )
