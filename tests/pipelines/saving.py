@@ -14,7 +14,7 @@ from pipelines.train import zero
 from pipelines.train.checkpoint import Part, checkpoint_url, committed_steps, read_full, save_checkpoint
 from pipelines.train.checkpoint_files import CheckpointError, read_marker
 from pipelines.train.ema import Ema, EmaProfile
-from pipelines.train.resume import resume
+from pipelines.train.resume import find_origin, resume
 from pipelines.train.saver import Saver
 from tests.chaos_s3 import ChaosProxy
 from tests.pipelines import gloo, tiny
@@ -42,7 +42,8 @@ class Run:
         """A new one that has gone on as `resume` says, and the URL from which."""
         run = cls(rank, world, output)
         try:
-            url, progress = resume(output, run.engine.state, run.ema, zero.all_gather)
+            origin = find_origin(output, zero.all_gather)
+            url, progress = origin.url, resume(output, origin, run.engine.state, run.ema, zero.all_gather)
         except CheckpointError:
             run.engine.close()
             raise

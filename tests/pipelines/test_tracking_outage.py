@@ -338,3 +338,24 @@ def test_what_waits_for_another_server_or_is_damaged_stays(config, client, tmp_p
     assert (
         "backlog-1-elsewhere.jsonl waits for http://elsewhere" in said and "backlog-2-damaged.jsonl cannot be" in said
     )
+
+
+def test_what_is_secured_is_written_or_in_a_file(monkeypatch, server, tmp_path):
+    """At once, where a record would be kept only later."""
+    monkeypatch.setattr(outbox, "KEEP_AFTER_S", 600.0)
+    monkeypatch.setattr(tracking, "SECURE_WAIT_S", 0.2)
+    monkeypatch.setattr(tracking, "WORKER_EXIT_WAIT_S", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # which never answers
+        config = TrackingConfig(uri="http://127.0.0.1:{}".format(*silent.getsockname()[1:]))
+        with Tracker(config, "train/run", run_id="1" * 32, ends_run=False, folder=str(tmp_path)) as tracker:
+            tracker.log({"train/loss": 0.5}, 8)
+            tracker.secure()
+            assert kept_points(tmp_path) == [(8, 0.5)]
+            tracker.secure()
+            assert len(kept_files(str(tmp_path))) == 1, "and once"
+    monkeypatch.setattr(tracking, "SECURE_WAIT_S", 60.0)
+    folder = tmp_path / "well"
+    with Tracker(TrackingConfig(uri=server, experiment="secured"), "train/run", folder=str(folder)) as tracker:
+        tracker.log({"train/loss": 0.5}, 8)
+        tracker.secure()
+        assert history(MlflowClient(server), tracker.run_id, "train/loss") == [(8, 0.5)] and not kept_files(str(folder))
