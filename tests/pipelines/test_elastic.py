@@ -63,7 +63,7 @@ def test_what_the_driver_wants_reaches_rank_0_until_it_is_done(ray_session: None
     _until(lambda: newer.asked() == (True, False))
     newer.saved()
     assert newer.asked() == (False, False)
-    _until(lambda: ray.get(board.answers.remote()) == ticket)
+    _until(lambda: ray.get(board.answers.remote()) == (ticket, 0))
     board.ask_to_stop.remote()
     _until(lambda: newer.asked() == (True, True))
 
