@@ -21,6 +21,7 @@ def run(config: StageConfig) -> EvaluateReport:
         snapshot=config.snapshot,
         port=0,
         batch_size=config.batch_size,
+        refresh_s=0,
         num_replicas=config.num_replicas,
         device=config.device,
         denoiser_type=config.denoiser_type,

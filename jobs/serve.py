@@ -15,7 +15,8 @@ def dry_run(config: Config) -> str:
     """Checks the request; returns what would be done."""
     assert isinstance(config, StageConfig)
     todo = plan(config)
-    return f"serve step {todo.snapshot.step:,} of {config.snapshot} at {todo.url}, {config.num_replicas} replicas"
+    number = config.num_replicas if isinstance(config.num_replicas, int) else "{} to {}".format(*config.num_replicas)
+    return f"serve step {todo.snapshot.step:,} of {config.snapshot} at {todo.url}, replicas: {number}"
 
 
 if __name__ == "__main__":

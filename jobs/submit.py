@@ -129,11 +129,16 @@ def _with_absolute_locations(config: Config) -> Config:
         value = getattr(config, key, None) if "." not in key else None
         if is_location and value is not None:
             many = [value] if isinstance(value, str) else list(value)
-            made = [text if is_name(text) and key == "autoencoder" else _absolute(text, key) for text in many]
+            made = [text if _is_no_path(text, key) else _absolute(text, key) for text in many]
             updates[key] = made[0] if isinstance(value, str) else tuple(made)
     if tracking := getattr(config, "tracking", None):
         updates["tracking"] = tracking.resolved()
     return config.model_copy(update=updates)
+
+
+def _is_no_path(text: str, key: str) -> bool:
+    """A hub's or MLflow's name in place of a location."""
+    return (key == "autoencoder" and is_name(text)) or (key == "snapshot" and text.startswith("models:/"))
 
 
 def _absolute(text: str, key: str) -> str:

@@ -1,5 +1,5 @@
 """The networks of a snapshot, ready to draw. A picture depends on its seed, its label and the settings, not on its
-neighbours: every call of the networks has one padded batch shape.
+neighbours: every call of a network has one padded batch shape.
 
 Shapes: labels, seeds int64 (N,); raw pixels uint8 (N, 3, H, W); latents (N, C, h, w), normalised.
 """
@@ -69,6 +69,9 @@ class PictureSampler:
         self.conditioning, self.latent_shape, self.batch_size = conditioning, latent_shape, batch_size
         self.device = autoencoder.device
         self.dtype = next(denoiser.parameters()).dtype
+        # Pictures in a call of the autoencoder: whatever the batch, so that a picture has one way in and out. A CPU is
+        # as fast with one, and one picture does not pay for seven.
+        self.at_once = 1 if self.device.type == "cpu" else 8
         self.mean, self.std = channels(statistics.mean, self.device), channels(statistics.std, self.device)
 
     def draw(
@@ -96,11 +99,41 @@ class PictureSampler:
                 if source is not None:
                     end = self._start(denoise, plan, source.end, part)
                     noise = slerp(noise, end, self._padded(source.weights, part))
-                drawn = self._decode(sample_latents(denoise, noise, plan, noise_fn=self._fresh(seeds, part)))
-            pictures.append(drawn[:count])
+                drawn = self.decode(sample_latents(denoise, noise, plan, noise_fn=self._fresh(seeds, part))[:count])
+            pictures.append(drawn)
             if progress is not None:
                 progress(first + count)
         return torch.cat(pictures)
+
+    def denoise(self, x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
+        """The denoiser's answer, unguided, in float32."""
+        return self.denoiser(x.to(self.dtype), t, labels).float()
+
+    def start(self, plan: SamplingPlan, seeds: Tensor, source: Blend | Edit, index: int) -> Tensor:
+        """Where picture number `index` starts, (C, h, w): of a blend of seeds, or of an edit without a mask."""
+        one = slice(index, index + 1)
+        if isinstance(source, Edit):
+            noise = initial_noise(seeds[one].to(self.device), self.latent_shape)
+            return noised(self.encode(source.pictures[one]), noise, plan)[0]
+        start, end = (
+            initial_noise(ends[one].to(self.device), self.latent_shape) for ends in (source.start, source.end)
+        )
+        return slerp(start, end, source.weights[one].to(self.device))[0]
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Raw pixels => normalised latents, the mean of the posterior."""
+        parts = [self.autoencoder.encode(part)[:, : self.latent_shape[0]] for part in self._shaped(pixels)]
+        return (torch.cat(parts)[: len(pixels)] - self.mean) / self.std
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents => raw pixels, on the CPU."""
+        raw = latents * self.std + self.mean
+        return torch.cat([self.autoencoder.decode(part) for part in self._shaped(raw)])[: len(latents)]
+
+    def _shaped(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """(N, ...) => parts of `at_once` rows, the last one padded."""
+        missing = -len(rows) % self.at_once
+        return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]).split(self.at_once)
 
     def _denoise(self, labels: Tensor | None, part: slice, settings: SamplerConfig) -> DenoiserFn:
         null = self.conditioning.num_classes if self.conditioning.type == "class" else None
@@ -109,35 +142,25 @@ class PictureSampler:
         low, high = (total * share for share in settings.guidance_interval)
         rescale = settings.guidance_rescale
 
-        def denoiser(x: Tensor, t: Tensor, labels: Tensor | None) -> Tensor:
-            return self.denoiser(x.to(self.dtype), t, labels)
-
-        return guided(denoiser, rows, settings.guidance_scale, null, interval=(low, high), rescale=rescale)
+        return guided(self.denoise, rows, settings.guidance_scale, null, interval=(low, high), rescale=rescale)
 
     def _start(self, denoise: DenoiserFn, plan: SamplingPlan, end: Tensor, part: slice) -> Tensor:
         """An end of a `Blend` => noise (batch_size, C, h, w)."""
         rows = self._padded(end, part)
         if end.ndim == 1:
             return initial_noise(rows, self.latent_shape)
-        return invert(denoise, self._encode(rows), plan)
+        return invert(denoise, self.encode(rows), plan)
 
     def _edit(self, denoise: DenoiserFn, plan: SamplingPlan, seeds: Tensor, part: slice, edit: Edit) -> Tensor:
-        pictures = self._padded(edit.pictures, part)
-        latents, noise = self._encode(pictures), initial_noise(self._padded(seeds, part), self.latent_shape)
+        pictures, count = self._padded(edit.pictures, part), len(seeds[part])
+        latents, noise = self.encode(pictures), initial_noise(self._padded(seeds, part), self.latent_shape)
         start, fresh = noised(latents, noise, plan), self._fresh(seeds, part)
         if edit.mask is None:
-            return self._decode(sample_latents(denoise, start, plan, noise_fn=fresh))
+            return self.decode(sample_latents(denoise, start, plan, noise_fn=fresh)[:count])
         mask = to_latent_mask(edit.mask.to(self.device), self.autoencoder.factor)
         keep = keep_known(latents, noise, mask)
-        drawn = self._decode(sample_latents(denoise, start, plan, noise_fn=fresh, after_step=keep))
-        return paste(drawn, pictures.cpu(), edit.mask)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        """Raw pixels => normalised latents, the mean of the posterior."""
-        return (self.autoencoder.encode(pixels)[:, : self.latent_shape[0]] - self.mean) / self.std
-
-    def _decode(self, latents: Tensor) -> Tensor:
-        return self.autoencoder.decode(latents * self.std + self.mean)
+        drawn = self.decode(sample_latents(denoise, start, plan, noise_fn=fresh, after_step=keep)[:count])
+        return paste(drawn, pictures[:count].cpu(), edit.mask)
 
     def _fresh(self, seeds: Tensor, part: slice) -> Callable[[int], Tensor]:
         return step_noise(self._padded(seeds, part), self.latent_shape)

@@ -117,12 +117,21 @@ def guided(
         if not inside.any():
             return denoiser(x, t, labels)
         conditional, null = denoiser(torch.cat([x, x]), torch.cat([t, t]), both_labels).to(x.dtype).chunk(2)
-        answer = null + guidance_scale * (conditional - null)
-        if rescale > 0:
-            answer = answer * (1 - rescale + rescale * _deviation(conditional) / _deviation(answer).clamp(min=1e-12))
+        answer = guide(conditional, null, [guidance_scale], [rescale])
         return answer if inside.all() else torch.where(inside.reshape(-1, *[1] * (x.ndim - 1)), answer, conditional)
 
     return denoiser_fn
+
+
+def guide(conditional: Tensor, null: Tensor, scales: Sequence[float], rescales: Sequence[float]) -> Tensor:
+    """The two answers of `guided`, (N, C, H, W) each => one. scales, rescales: one for all rows, or one for each."""
+    rows = [scales, rescales, [1 - rescale for rescale in rescales]]
+    columns = torch.tensor(rows, dtype=torch.float64).to(null.device, null.dtype)
+    scale, rescale, kept = columns.reshape(3, -1, *[1] * (null.ndim - 1))
+    answer = null + scale * (conditional - null)
+    if any(rescales):
+        answer = answer * (kept + rescale * _deviation(conditional) / _deviation(answer).clamp(min=1e-12))
+    return answer
 
 
 def initial_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -130,7 +139,7 @@ def initial_noise(seeds: Tensor, shape: tuple[int, ...]) -> Tensor:
     return normal(0, "sample-initial", seeds, 0, shape)
 
 
-def step_noise(seeds: Tensor, shape: tuple[int, ...]) -> Callable[[int], Tensor]:
+def step_noise(seeds: Tensor, shape: tuple[int, ...]) -> Callable[[int | Tensor], Tensor]:
     """The fresh noise of each step, from (the picture's seed, the step): a `noise_fn` for `sample_latents`."""
     return lambda step: normal(0, "sample-step", seeds, step, shape)
 

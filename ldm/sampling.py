@@ -159,14 +159,19 @@ def sample(config: SampleConfig, progress: Callable[[int], None] | None = None) 
     return SampleReport(todo.num_images, round(rate, 2), config.output, grid_url)
 
 
-def resolve_labels(labels: Sequence[str] | None, conditioning: Conditioning, count: int) -> Tensor | None:
-    """Class numbers or names, taken in turn => int64 (count,); None for an unconditional model. Raises RequestError."""
+def resolve_labels(
+    labels: Sequence[str] | None, conditioning: Conditioning, count: int, first: int = 0
+) -> Tensor | None:
+    """Class numbers or names, taken in turn, of `count` pictures from number `first` => int64 (count,).
+
+    None for an unconditional model. Raises RequestError.
+    """
     if conditioning.type == "none":
         if labels:
             raise RequestError(f"labels={','.join(labels)}: the model is unconditional; leave it out")
         return None
     numbers = range(conditioning.num_classes) if not labels else [_class_number(x, conditioning) for x in labels]
-    return torch.tensor([numbers[i % len(numbers)] for i in range(count)], dtype=torch.int64)
+    return torch.tensor([numbers[i % len(numbers)] for i in range(first, first + count)], dtype=torch.int64)
 
 
 def check_guidance(guidance_scale: float, snapshot: Snapshot) -> None:

@@ -3,12 +3,12 @@
 import http.client
 import io
 import json
-import threading
+import tarfile
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import IO, Any
 from urllib.parse import urlparse
 
 import numpy as np
@@ -17,26 +17,25 @@ from torch import Tensor
 
 from ldm.config import RequestError
 
-_IN_FLIGHT = 4  # requests at a time: the next one waits at the replica when one is done
-_MODEL_KEYS = ("snapshot", "step", "weights_sha256", "batch_size", "max_images")
+_MODEL_KEYS = ("name", "snapshot", "step", "weights_sha256")
 _TRIES = 6
-_DRAW_WITHIN_S = 1800.0  # one request, its waiting included
+_PICTURE_WITHIN_S = 1800.0  # the next one, its waiting included
 _DESCRIBE_WITHIN_S = 10.0
 
 
 class SamplesClient:
     """A client of one deployment. Raises RequestError where none answers, or it refuses the request.
 
-    model: what is served (snapshot, step, weights_sha256) and the limits (batch_size, max_images).
+    weights_sha256: of the model that is to draw, where it is served; else the default one does. model: what draws (name,
+    snapshot, step, weights_sha256).
     """
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, weights_sha256: str | None = None) -> None:
         self.endpoint = endpoint.rstrip("/")
         # A deployment on this machine is never reached by way of an HTTP proxy.
         local = urlparse(endpoint).hostname in ("127.0.0.1", "localhost", "::1")
         self._opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * local)
-        self._stopped = threading.Event()
-        self.model = self._model()
+        self.model = self._model(weights_sha256)
 
     def draw(
         self,
@@ -48,63 +47,71 @@ class SamplesClient:
     ) -> Tensor:
         """labels, seeds: int64 (N,), labels None for an unconditional model => raw pixels uint8 (N, 3, H, W).
 
-        Requests are of the deployment's own batch size, a few at a time. settings: those of a
-        `SamplerConfig`. progress: called with the number of pictures done.
+        One stream, which goes on from where it broke off. settings: those of a `SamplerConfig`. progress: called with
+        the number of pictures done.
         """
-        size = min(self.model["batch_size"], self.model["max_images"])
-        parts = [slice(first, first + size) for first in range(0, len(seeds), size)]
-
-        def request(part: slice) -> Tensor:
-            body: dict[str, Any] = {**settings, "seeds": seeds[part].tolist(), "response_format": "npy"}
-            if labels is not None:
-                body["labels"] = labels[part].tolist()
-            answer = self._request("/v1/samples", body, tries=_TRIES, within_s=_DRAW_WITHIN_S)
-            return torch.from_numpy(np.load(io.BytesIO(answer), allow_pickle=False))
-
         pictures: list[Tensor] = []
-        self._stopped.clear()
-        pool = ThreadPoolExecutor(_IN_FLIGHT, "samples")
-        try:
-            for part, drawn in zip(parts, pool.map(request, parts), strict=True):
-                pictures.append(drawn)
-                progress(min(part.stop, len(seeds)))
-        finally:
-            self._stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-        return torch.cat(pictures)
+        tries = 0
+        while len(pictures) < len(seeds):
+            rest = slice(len(pictures), None)
+            body: dict[str, Any] = {
+                **settings,
+                "model": self.model["name"],
+                "seeds": seeds[rest].tolist(),
+                "response_format": "npy",
+            }
+            if labels is not None:
+                body["labels"] = labels[rest].tolist()
+            before = len(pictures)
+            try:
+                with self._open("/v1/bulk", body, _PICTURE_WITHIN_S) as answer:
+                    for picture in _pictures(answer):
+                        pictures.append(picture)
+                        progress(len(pictures))
+                problem: Exception = ConnectionError(f"{self.endpoint}/v1/bulk: the answer broke off")
+            except (OSError, http.client.HTTPException, tarfile.TarError, ValueError) as error:
+                if isinstance(error, RequestError):
+                    raise
+                problem = ConnectionError(f"{self.endpoint}/v1/bulk: {error}")
+            tries = 0 if len(pictures) > before else tries + 1
+            if tries == _TRIES:
+                raise problem
+            if tries:
+                time.sleep(2.0 ** (tries - 2))  # 0.5 s, then twice as long each time
+        return torch.stack(pictures)
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, weights_sha256: str | None) -> dict[str, Any]:
         try:
-            answer = self._request("/v1/models", tries=1, within_s=_DESCRIBE_WITHIN_S)
-            model = json.loads(answer)["models"][0]
+            with self._open("/v1/models", None, _DESCRIBE_WITHIN_S) as answer:
+                models = json.loads(answer.read())["models"]  # the default one first
+            model = next((model for model in models if model["weights_sha256"] == weights_sha256), models[0])
             return {key: model[key] for key in _MODEL_KEYS}
-        except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:  # or something else answers
+        except (OSError, ValueError, LookupError, TypeError) as error:  # or something else answers
             text = " ".join(str(error).split())[:160]
             raise RequestError(
                 f"endpoint={self.endpoint}: no deployment answers there ({text}); give the URL that `ldm serve` prints"
             ) from None
 
-    def _request(self, path: str, body: dict[str, Any] | None = None, *, tries: int, within_s: float) -> bytes:
-        """The body of the answer. What fails in passing is tried again: a request may be repeated freely."""
+    def _open(self, path: str, body: dict[str, Any] | None, within_s: float) -> Any:
+        """The open answer. Raises RequestError where the request is refused as wrong, else OSError."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.endpoint + path, data, {"Content-Type": "application/json"})
-        problem: Exception = ConnectionAbortedError("stopped")
-        for i in range(tries):
-            if i and self._stopped.wait(2.0 ** (i - 2)):  # 0.5 s, then twice as long each time
-                break
-            try:
-                with self._opener.open(request, timeout=within_s) as answer:
-                    return bytes(answer.read())
-            except urllib.error.HTTPError as error:
-                detail = _detail(error)
-                if error.code == 422:
-                    raise RequestError(detail) from None
-                problem = RuntimeError(f"{self.endpoint}{path}: answers {error.code} ({detail})")
-                if error.code < 500 and error.code != 429:
-                    break
-            except (OSError, http.client.HTTPException) as error:
-                problem = ConnectionError(f"{self.endpoint}{path}: {error}")
-        raise problem
+        try:
+            return self._opener.open(request, timeout=within_s)
+        except urllib.error.HTTPError as error:
+            detail = _detail(error)
+            if error.code == 422:
+                raise RequestError(detail) from None
+            raise ConnectionError(f"answers {error.code} ({detail})") from None
+
+
+def _pictures(answer: IO[bytes]) -> Iterator[Tensor]:
+    """The members of a tar, as they come: uint8 (3, H, W) each."""
+    with tarfile.open(fileobj=answer, mode="r|") as tar:
+        for member in tar:
+            file = tar.extractfile(member)
+            assert file is not None
+            yield torch.from_numpy(np.load(io.BytesIO(file.read()), allow_pickle=False))
 
 
 def _detail(error: urllib.error.HTTPError) -> str:

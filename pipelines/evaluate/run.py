@@ -46,7 +46,9 @@ class EvaluateConfig(SamplerConfig):
         0, ge=0, le=2**53 - 1, description="picture i has seed + i; also of the classifier and the intervals"
     )
     endpoint: str | None = Field(None, description="URL of a running deployment; null: one is started and stopped")
-    batch_size: int = Field(32, gt=0, description="of the deployment that is started: pictures in one call")
+    batch_size: int = Field(
+        32, gt=0, description="of the deployment that is started: rows in one call, two for a guided picture"
+    )
     num_replicas: int = Field(1, gt=0, description="of the deployment that is started: replicas")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where its replicas run")
     denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
@@ -150,7 +152,7 @@ def _connect(endpoint: str | None, snapshot: Snapshot) -> SamplesClient:
     """A client of a deployment that serves this very snapshot. Raises RequestError."""
     if endpoint is None:
         raise RequestError("endpoint=null: nothing is drawn from; give the URL that `ldm serve` prints")
-    client = SamplesClient(endpoint)
+    client = SamplesClient(endpoint, snapshot.weights_sha256)
     if client.model["weights_sha256"] != snapshot.weights_sha256:
         other = f"{client.model['snapshot']} (step {client.model['step']})"
         raise RequestError(f"endpoint={endpoint}: serves {other}, not snapshot={snapshot.url} (step {snapshot.step})")

@@ -1,181 +1,193 @@
-"""The HTTP interface, plain ASGI without Ray: request => the sampler => pictures.
-
-`Engine` is all that it draws through: batching of another kind changes the engine alone. A picture over HTTP
-has the bytes that it has off line, for the same snapshot, settings, batch size and number of threads.
-"""
+"""The HTTP interface, plain ASGI without Ray: requests => a `Backend` => pictures. docs/serving.md shows it in use."""
 
 import asyncio
 import base64
-import io
+import hashlib
+import hmac
 import json
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+import math
+from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from importlib.resources import files
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-from pydantic import BaseModel, Field, StrictInt, StringConstraints, model_validator
-from torch import Tensor
+from pydantic import StringConstraints
 
 import ldm
-from ldm import images
 from ldm.config import RequestError
-from ldm.drawing import PictureSampler
-from ldm.latents.manifest import Conditioning
-from ldm.plan import SamplerConfig, make_plan
-from ldm.sampling import check_guidance, resolve_labels
-from ldm.snapshot import Snapshot
+from pipelines.serve import bulk
+from pipelines.serve.requests import BulkRequest, Problem, SamplesRequest, SamplesResponse, one_line
+from pipelines.serve.table import Backend, Record, Table, Unserved
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-MAX_SEED = 2**53 - 1
-"""The largest integer that every JSON reader keeps."""
-MAX_STEPS = 100_000
-"""Whatever the model; its own limit, num_train_timesteps, is mostly far below."""
-Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
-Label = Annotated[StrictInt, Field(ge=0)] | Annotated[str, StringConstraints(max_length=200)]
+MAX_BODY = 16 * 2**20
+"""Bytes of a request's body; a picture is the largest part of one."""
+OPEN_PATHS = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
+"""For all, where a token is asked for; and the files of the page."""
+PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
+PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
+
+RequestId = Annotated[str, StringConstraints(max_length=64)]
+Scope = dict[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+Responses = dict[int | str, dict[str, Any]]
 
 
-class SamplesRequest(SamplerConfig):
-    """What to draw, and how."""
+def create_app(backend: Backend, *, token_sha256: str | None = None, in_flight: int = 4) -> "FastAPI":
+    """The application. OpenAPI stands at /openapi.json, a page to try it at /docs, the page for people at /.
 
-    labels: list[Label] | None = Field(
-        None, min_length=1, description="class numbers or names, taken in turn; null: all classes in turn"
-    )
-    num_images: int | None = Field(
-        None, gt=0, description="number of pictures; null: one for each seed, else for each label, else 1"
-    )
-    seed: Seed | None = Field(None, description="picture i has seed + i; null: 0")
-    seeds: list[Seed] | None = Field(None, min_length=1, description="the seed of each picture, in place of seed")
-    num_inference_steps: int = Field(
-        50, gt=0, le=MAX_STEPS, description="sampling steps S; heun calls the denoiser 2 S - 1 times"
-    )
-    guidance_scale: float = Field(1.0, ge=0, le=1000, description="classifier-free guidance; 1: none")
-    response_format: Literal["json", "png", "npy"] = Field(
-        "json", description="json: PNGs in base64; png: one picture; npy: raw uint8 (N, 3, H, W), for bulk"
-    )
-
-    @model_validator(mode="after")
-    def _seeds_agree(self) -> "SamplesRequest":
-        if self.seeds is not None and self.seed is not None:
-            raise ValueError("seed, seeds: both are given; give one of them")
-        if self.seeds is not None and self.num_images not in (None, len(self.seeds)):
-            raise ValueError(f"num_images={self.num_images}: {len(self.seeds)} seeds are given; leave it out")
-        return self
-
-    def resolve(self, conditioning: Conditioning, max_images: int) -> tuple[Tensor | None, Tensor]:
-        """Labels and seeds of the pictures, int64 (N,); labels None for an unconditional model.
-
-        Raises RequestError.
-        """
-        count = self.num_images or len(self.seeds or self.labels or [0])
-        if count > max_images:
-            raise RequestError(f"num_images={count}: the most in one request is {max_images}")
-        if count > 1 and self.response_format == "png":
-            raise RequestError(f"response_format=png: holds one picture, not {count}; use json or npy")
-        first = self.seed or 0
-        seeds = self.seeds or range(first, first + count)
-        labels = resolve_labels([str(label) for label in self.labels or ()], conditioning, count)
-        return labels, torch.tensor(list(seeds), dtype=torch.int64)
-
-
-class Picture(BaseModel):
-    """One picture, and what makes it again."""
-
-    seed: int
-    label: int | None = Field(description="class number; null for an unconditional model")
-    png: str = Field(description="base64")
-
-
-class SamplesResponse(BaseModel):
-    """The pictures, in the order that was asked for."""
-
-    images: list[Picture]
-    snapshot: str
-    step: int
-
-
-class Problem(BaseModel):
-    """Why a request was not answered."""
-
-    detail: str = Field(description="one line that names the field")
-
-
-class Overloaded(Exception):
-    """As many requests wait as may wait."""
-
-
-class Engine:
-    """Draws one request after the other, in a thread of its own, so that the event loop answers meanwhile."""
-
-    def __init__(self, sampler: PictureSampler, max_waiting: int) -> None:
-        self.sampler, self.max_waiting = sampler, max_waiting
-        self.waiting = 0  # requests that are here, the running one included
-        self._thread = ThreadPoolExecutor(1, "engine", torch.set_num_threads, (torch.get_num_threads(),))
-
-    def refuse_overload(self) -> None:
-        """Raises Overloaded where a request would not be taken now."""
-        if self.waiting >= self.max_waiting:
-            raise Overloaded
-
-    async def draw(self, labels: Tensor | None, seeds: Tensor, request: SamplesRequest) -> npt.NDArray[np.uint8]:
-        """=> raw pixels uint8 (N, 3, H, W). Raises RequestError and Overloaded."""
-        # Made once more where it is drawn; here so that a wrong request is told at once, and does not queue.
-        make_plan(self.sampler.diffusion, request)
-        self.refuse_overload()
-        work = partial(self.sampler.draw, labels, seeds, request)
-        self.waiting += 1
-        try:
-            pictures = await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        finally:
-            self.waiting -= 1
-        return pictures.numpy()
-
-
-def create_app(engine: Engine, snapshot: Snapshot, max_images: int) -> "FastAPI":
-    """The application. OpenAPI stands at /openapi.json, a page to try it at /docs."""
-    from fastapi import FastAPI, Response
+    in_flight: parts of a bulk request that are at the replicas at a time.
+    """
+    from fastapi import FastAPI, Path, Request, Response
+    from fastapi.responses import StreamingResponse
 
     app = FastAPI(title="ldm", summary="Pictures from a latent diffusion model", version=ldm.__version__)
     _explain_errors(app)
-    model = {**_describe(snapshot), "batch_size": engine.sampler.batch_size, "max_images": max_images}
+    app.add_middleware(Gate, token_sha256=token_sha256)
+    table = Table(backend)
+    responses: Responses = {status: {"model": Problem} for status in (401, 413, 422, 429, 500, 503, 504)}
+    of_id: Responses = {401: {"model": Problem}, 404: {"model": Problem}, 422: {"model": Problem}}
 
     @app.post(
         "/v1/samples",
         response_model=SamplesResponse,
-        responses={422: {"model": Problem}, 429: {"model": Problem}},
+        response_model_exclude_none=True,
+        responses={**responses, 200: {"content": {"image/png": {}}}, 202: {"model": SamplesResponse}},
     )
-    async def samples(request: SamplesRequest) -> Response:
-        """Draws pictures. What a picture shows depends on its seed, its label and the settings alone."""
-        check_guidance(request.guidance_scale, snapshot)
-        labels, seeds = request.resolve(snapshot.conditioning, max_images)
-        pictures = await engine.draw(labels, seeds, request)
-        if request.response_format == "npy":
-            return Response(_to_npy(pictures), media_type="application/octet-stream")
-        if request.response_format == "png":
-            return Response(images.to_png(pictures[0]), media_type="image/png")
-        body = await asyncio.to_thread(_to_json, pictures, labels, seeds, snapshot)
-        return Response(body, media_type="application/json")
+    async def draw(body: SamplesRequest, http: Request) -> Any:
+        """Draws pictures. What a picture shows depends on its seed, its label and the settings alone.
 
-    @app.get("/v1/models")
+        Hanging up cancels it, but in the background.
+        """
+        record = await table.start(body)
+        if body.background:
+            return Response(_json(record.answer([])), 202, media_type="application/json")
+        try:
+            await _finished_or_gone(record, http)
+        finally:
+            table.cancel(record)
+        if record.status == "failed":
+            raise Unserved(record.http_status, record.detail or "", record.retry_after)
+        if body.response_format == "png":
+            about = {"X-Request-Id": record.id, "X-Model-Step": str(record.taken["step"])}
+            return Response(record.pngs[0], media_type="image/png", headers=about)
+        link = body.response_format == "urls"
+        pictures = [
+            record.picture(i, png=None if link else base64.b64encode(record.pngs[i]).decode(), link=link)
+            for i in sorted(record.pngs)
+        ]
+        return Response(_json(record.answer(pictures)), media_type="application/json")
+
+    @app.get("/v1/samples/{id}", response_model=SamplesResponse, response_model_exclude_none=True, responses=of_id)
+    async def state(id: RequestId) -> SamplesResponse:
+        """What has become of a request, and links to the pictures that are drawn."""
+        record = table.find(id)
+        return record.answer([record.picture(i, link=True) for i in sorted(record.pngs)])
+
+    @app.get("/v1/samples/{id}/events", responses={**of_id, 200: {"content": {"text/event-stream": {}}}})
+    async def events(id: RequestId) -> StreamingResponse:
+        """Server-sent events: progress, preview, picture, then done, failed or cancelled. Late ones get what was."""
+        return StreamingResponse(_stream(table.find(id)), media_type="text/event-stream")
+
+    @app.get("/v1/samples/{id}/{index}.png", responses={**of_id, 200: {"content": {"image/png": {}}}})
+    async def picture(id: RequestId, index: Annotated[int, Path(ge=0)]) -> Response:
+        """A picture that is drawn."""
+        png = table.find(id).pngs.get(index)
+        if png is None:
+            raise Unserved(404, f"index={index}: is no picture of this request that is drawn")
+        return Response(png, media_type="image/png", headers={"Cache-Control": "private, max-age=600"})
+
+    @app.delete("/v1/samples/{id}", response_model=SamplesResponse, response_model_exclude_none=True, responses=of_id)
+    async def cancel(id: RequestId) -> SamplesResponse:
+        """Cancels a request; its pictures leave the batch at the next step. What is done stays done."""
+        record = table.find(id)
+        table.cancel(record)
+        return record.answer([])
+
+    @app.post("/v1/bulk", responses={**responses, 200: {"content": {"application/x-tar": {}}}})
+    async def bulk_(body: BulkRequest) -> StreamingResponse:
+        """Any number of pictures, as a tar in the order asked for, whole where it has its end. Hanging up cancels it."""
+        stream = bulk.draw_all(backend, body, in_flight)
+        first = await anext(stream)  # what is wrong is told before the answer begins
+        return StreamingResponse(_after(first, stream), media_type="application/x-tar")
+
+    @app.get("/v1/models", responses={401: {"model": Problem}})
     async def models() -> dict[str, Any]:
-        """What is served: its step, its classes, the size of its pictures (a side, or [height, width]), the limits."""
-        return {"models": [model]}
+        """What is served: steps, classes, sizes of pictures (a side, or [height, width]); and the limits."""
+        described = await backend.describe()
+        return {"models": described["models"], "limits": described["limits"]}
 
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """Whether the replica lives."""
+        """Whether the frontend lives."""
         return {"status": "ok"}
 
-    @app.get("/readyz", responses={429: {"model": Problem}})
-    async def readyz() -> dict[str, str | int]:
-        """Whether the model is loaded, and a request would be taken now."""
-        engine.refuse_overload()
-        return {"status": "ready", "waiting": engine.waiting}
+    @app.get("/readyz", responses={503: {"model": Problem}})
+    async def readyz() -> dict[str, Any]:
+        """Whether a replica answers with a model loaded."""
+        try:
+            described = await asyncio.wait_for(backend.describe(), 5)
+        except TimeoutError:
+            raise Unserved(503, "no replica answers", 5.0) from None
+        return {"status": "ready", "waiting": described["waiting"]}
 
+    _add_page(app)
     return app
+
+
+class Gate:
+    """What every request passes: the token where there is one, and the bound of the body. Plain ASGI."""
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token_sha256: str | None) -> None:
+        self.app, self.token_sha256 = app, token_sha256
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if self.token_sha256 and not _is_open(scope["path"]) and not self._has_token(headers):
+            return await _refuse(send, 401, "authorization: is not 'Bearer TOKEN' with the token of this server")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > MAX_BODY:
+            return await _refuse(send, 413, f"body: the most is {MAX_BODY} bytes")
+        taken = 0
+
+        async def bounded() -> Message:
+            nonlocal taken
+            message = await receive()
+            taken += len(message.get("body", b""))
+            if taken > MAX_BODY:
+                raise _TooLarge
+            return message
+
+        try:
+            await self.app(scope, bounded, send)
+        except _TooLarge:
+            await _refuse(send, 413, f"body: the most is {MAX_BODY} bytes")
+
+    def _has_token(self, headers: dict[bytes, bytes]) -> bool:
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        digest = hashlib.sha256(token.strip()).hexdigest()
+        return scheme.lower() == b"bearer" and hmac.compare_digest(digest, self.token_sha256 or "")
+
+
+class _TooLarge(Exception):
+    """A body that goes on past its bound."""
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith("/page/")
+
+
+async def _refuse(send: Send, status: int, detail: str) -> None:
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": json.dumps({"detail": detail}).encode()})
 
 
 def _explain_errors(app: "FastAPI") -> None:
@@ -186,53 +198,83 @@ def _explain_errors(app: "FastAPI") -> None:
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
-        return JSONResponse({"detail": _one_line(error.errors()[0])}, 422)
+        return JSONResponse({"detail": one_line(error.errors()[0])}, 422)
 
     @app.exception_handler(RequestError)
     async def wrong(request: Request, error: RequestError) -> JSONResponse:
         return JSONResponse({"detail": str(error)}, 422)
 
-    @app.exception_handler(Overloaded)
-    async def overloaded(request: Request, error: Overloaded) -> JSONResponse:
-        detail = "as many requests wait as may wait; try again in a moment"
-        return JSONResponse({"detail": detail}, 429, {"Retry-After": "1"})
+    @app.exception_handler(Unserved)
+    async def unserved(request: Request, error: Unserved) -> JSONResponse:
+        headers = {} if error.retry_after is None else {"Retry-After": str(max(1, math.ceil(error.retry_after)))}
+        return JSONResponse({"detail": error.detail}, error.status, headers)
 
 
-def _one_line(problem: dict[str, Any]) -> str:
-    """Pydantic's report on a body => the field, its value, what would be right."""
-    message = str(problem["msg"]).removeprefix("Value error, ")
-    if problem["type"] == "json_invalid":
-        return f"body: is no JSON ({problem['ctx']['error']})"
-    key = ".".join(str(part) for part in problem["loc"][1:3])  # the field, and the place in a list
-    value = json.dumps(problem["input"], default=str)[:80]
-    return f"{key}={value}: {message[0].lower()}{message[1:]}" if key else message
+def _add_page(app: "FastAPI") -> None:
+    """The static page: read once, so that no path of a request ever reaches the disk."""
+    from fastapi import Response
+
+    folder = files("pipelines.serve") / "page"
+    read = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} if folder.is_dir() else {}
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return page("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> Response:
+        return page(name)
+
+    def page(name: str) -> Response:
+        kind = next((kind for ending, kind in PAGE_TYPES.items() if name.endswith(ending)), None)
+        if name not in read or kind is None:
+            raise Unserved(404, f"page/{name[:64]}: is no file of the page")
+        headers = {"Content-Security-Policy": PAGE_POLICY, "Cache-Control": "no-cache"}
+        return Response(read[name], media_type=kind, headers=headers)
 
 
-def _describe(snapshot: Snapshot) -> dict[str, Any]:
-    height, width = snapshot.picture_shape()
-    return {
-        "snapshot": snapshot.url,
-        "step": snapshot.step,
-        "images_seen": snapshot.images_seen,
-        "weights_sha256": snapshot.weights_sha256,
-        "image_size": height if height == width else [height, width],
-        "num_classes": snapshot.conditioning.num_classes,
-        "classes": snapshot.conditioning.names,
-        "num_train_timesteps": snapshot.diffusion_config.num_train_timesteps,
-    }
+async def _finished_or_gone(record: Record, http: Any) -> None:
+    """Returns when the request is over, or the one who asked has hung up."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    waits = [asyncio.ensure_future(record.finished.wait()), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for wait in waits:
+            wait.cancel()
 
 
-def _to_npy(pictures: npt.NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, pictures, allow_pickle=False)
-    return buffer.getvalue()
+async def _stream(record: Record) -> AsyncIterator[str]:
+    """Server-sent events."""
+    async for event in record.events():
+        kind = event["type"]
+        if kind == "quiet":
+            yield ": still here\n\n"
+        elif kind == "progress":
+            answer = record.answer([])
+            yield _event(kind, answer.model_dump(include={"steps_done", "steps", "images_done", "num_images"}))
+        elif kind == "preview":
+            png = base64.b64encode(event["data"]).decode()
+            yield _event(kind, {"index": event["index"], "steps_done": event["steps_done"], "png": png})
+        elif kind == "picture":
+            png = base64.b64encode(event["data"]).decode()
+            yield _event(kind, record.picture(event["index"], png=png, link=True).model_dump())
+    yield _event(record.status, record.answer([]).model_dump(exclude={"images"}, exclude_none=True))
 
 
-def _to_json(pictures: npt.NDArray[np.uint8], labels: Tensor | None, seeds: Tensor, snapshot: Snapshot) -> bytes:
-    """The body of a `SamplesResponse`."""
-    numbers = [None] * len(seeds) if labels is None else labels.tolist()
-    rows = [
-        {"seed": seed, "label": label, "png": base64.b64encode(images.to_png(picture)).decode()}
-        for picture, label, seed in zip(pictures, numbers, seeds.tolist(), strict=True)
-    ]
-    return json.dumps({"images": rows, "snapshot": snapshot.url, "step": snapshot.step}).encode()
+def _event(kind: str, data: dict[str, Any]) -> str:
+    return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
+
+
+async def _after(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for part in rest:
+        yield part
+
+
+def _json(answer: SamplesResponse) -> str:
+    return answer.model_dump_json(exclude_none=True)

@@ -1,67 +1,60 @@
-"""Ray Serve around the application: one proxy at the head, replicas that each hold the model."""
+"""Ray Serve around the application: a frontend, which owns the requests, and replicas that each hold the model."""
 
+import asyncio
 import contextlib
 import errno
+import hashlib
 import logging
 import signal
 import socket
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING, Any
 
 from ldm import storage
-from ldm.config import Config, Location, RequestError
-from ldm.drawing import load_sampler
-from ldm.snapshot import Snapshot, read_snapshot
+from ldm.config import RequestError
+from ldm.snapshot import Snapshot
 from pipelines import cluster
 from pipelines.progress import say
-from pipelines.serve.app import Engine, create_app
+from pipelines.serve.app import create_app
+from pipelines.serve.catalog import MLFLOW, Catalog
+from pipelines.serve.config import ServeConfig, read_token
+from pipelines.serve.replica import Replica, Task
+from pipelines.serve.table import Unserved
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-APPLICATION = "ldm"
-_LOOPBACK = ("127.0.0.1", "localhost")
+FRONTEND, SAMPLERS = "ldm", "ldm-samplers"
+"""Two applications: the frontend calls the samplers by the name of theirs."""
 _ROOM_FOR_PROBES = 32
+_REQUESTS_PER_REPLICA = 8.0
+"""Above this many at each, more replicas are started."""
 _READY_WITHIN_S = 60.0
-
-
-class ServeConfig(Config):
-    """Serves a snapshot over HTTP with Ray Serve."""
-
-    snapshot: Location = Field(description="what `ldm train` wrote: a snapshot directory or URL")
-    host: str = Field("127.0.0.1", description="IPv4 address to listen on; 0.0.0.0: all of this machine")
-    port: int = Field(8000, ge=0, le=65535, description="TCP port; 0: any free one")
-    batch_size: int = Field(32, gt=0, description="pictures in one call; a part of what a picture depends on")
-    max_images: int = Field(1024, gt=0, description="most pictures in one request")
-    max_waiting: int = Field(64, gt=0, description="most requests at a replica at a time; others get a 429")
-    num_replicas: int = Field(1, gt=0, description="replicas, each with the whole model")
-    gpus_per_replica: float = Field(1.0, gt=0, le=1, description="share of a GPU that a replica takes")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the replicas run")
-    denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
 
 
 @dataclass(frozen=True)
 class ServePlan:
-    """What will be served, and where."""
+    """What will be served, and where. token_sha256: None for no token."""
 
     snapshot: Snapshot
     port: int
     url: str
+    token_sha256: str | None
 
 
 def plan(config: ServeConfig) -> ServePlan:
     """Checks the request without Ray and without weights. Raises RequestError."""
-    snapshot = read_snapshot(config.snapshot)
+    snapshot = Catalog(config.snapshot).default().snapshot
+    token = read_token(config)
     port = _free_port(config.host, config.port)
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
-    return ServePlan(snapshot, port, f"http://{host}:{port}")
+    digest = None if token is None else hashlib.sha256(token.encode()).hexdigest()
+    return ServePlan(snapshot, port, f"http://{host}:{port}", digest)
 
 
 @contextlib.contextmanager
@@ -75,9 +68,11 @@ def deployment(config: ServeConfig) -> Iterator[str]:
         from ray import serve
 
         _refuse_second_serve()
-        application = _application(config)
+        samplers, frontend = _samplers(config), _frontend(config, todo.token_sha256)
         try:
-            _start(application, config.host, todo.port)
+            _start_http(config.host, todo.port)
+            _start(samplers, SAMPLERS, None)
+            _start(frontend, FRONTEND, "/")
             _wait_until_ready(todo.url)
             yield todo.url
         finally:
@@ -104,48 +99,119 @@ def serve_forever(config: ServeConfig) -> None:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _application(config: ServeConfig) -> Any:
-    """The Ray Serve application. The model is loaded where a replica starts."""
+class Sampler:
+    """A `Replica` as Ray Serve holds it."""
+
+    def __init__(self, config: ServeConfig, device: str, threads: int) -> None:
+        from pipelines.serve.metrics import observer
+
+        cluster.use_threads(threads)
+        self._replica = Replica(config, device, observer())
+
+    async def draw(self, task: Task) -> AsyncIterator[list[dict[str, Any]]]:
+        async with contextlib.aclosing(self._replica.draw(task)) as events:  # type: ignore[type-var]
+            async for some in events:
+                yield some
+
+    async def describe(self) -> dict[str, Any]:
+        return await asyncio.to_thread(self._replica.describe)
+
+    def check_health(self) -> None:
+        self._replica.check()
+
+
+class RayBackend:
+    """A `Backend` of all replicas: each request goes to one with few."""
+
+    def __init__(self) -> None:
+        from ray import serve
+
+        self._handle = serve.get_app_handle(SAMPLERS)
+        self._stream = self._handle.options(method_name="draw", stream=True)
+
+    async def draw(self, task: Task) -> AsyncIterator[list[dict[str, Any]]]:
+        from ray.serve.exceptions import BackPressureError
+
+        response = self._stream.remote(task)
+        try:
+            async for events in response:
+                yield events
+        except BackPressureError:
+            raise Unserved(429, "as many requests wait as may wait; try again in a moment", 1.0) from None
+        finally:
+            response.cancel()
+
+    async def describe(self) -> dict[str, Any]:
+        return dict(await self._handle.describe.remote())
+
+
+def _samplers(config: ServeConfig) -> Any:
+    """The application of the replicas. The model is loaded where a replica starts."""
     from ray import serve
 
     device = cluster.resolve_device(config.device)
-    resources, threads = cluster.resources_per_worker(config.num_replicas, device)
+    resources, threads = cluster.resources_per_worker(config.most_replicas, device)
     num_gpus = config.gpus_per_replica if device == "cuda" else 0
-    url = storage.absolute(config.snapshot)
-
-    def build() -> "FastAPI":
-        cluster.use_threads(threads)
-        sampler = load_sampler(url, config.batch_size, device, config.denoiser_type)
-        return create_app(Engine(sampler, config.max_waiting), read_snapshot(url), config.max_images)
-
+    if isinstance(config.num_replicas, int):
+        number: dict[str, Any] = {"num_replicas": config.num_replicas}
+    else:
+        least, most = config.num_replicas
+        scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": _REQUESTS_PER_REPLICA}
+        number = {"autoscaling_config": scaling}
+    if not config.snapshot.startswith(MLFLOW):
+        config = config.model_copy(update={"snapshot": storage.absolute(config.snapshot)})
     share = f"{resources['CPU']:g} CPU, {num_gpus:g} GPU each"
     say(f"serve: starts {config.num_replicas} x {config.snapshot} on {device} ({share})")
-    replica = serve.deployment(
+    sampler = serve.deployment(
         name="Sampler",
-        num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": resources["CPU"], "num_gpus": num_gpus},
         # The engine bounds its queue itself; beyond it is room for probes, answered under any load.
         max_ongoing_requests=config.max_waiting + _ROOM_FOR_PROBES,
-    )
-    return replica(serve.ingress(build)()).bind()
+        max_queued_requests=config.max_waiting,
+        **number,
+    )(Sampler)
+    return sampler.bind(config, device, threads)
 
 
-def _start(application: Any, host: str, port: int) -> None:
-    """Starts Serve and the replicas. Raises the RequestError that a replica raised, else RuntimeError."""
+def _frontend(config: ServeConfig, token_sha256: str | None) -> Any:
+    """The application that answers HTTP: one replica of it, for it owns the requests' ids."""
     from ray import serve
 
-    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # the error below says what it would
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
-    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=quiet)
+    in_flight = 2 * config.most_replicas + 1
+
+    def build() -> "FastAPI":
+        return create_app(RayBackend(), token_sha256=token_sha256, in_flight=in_flight)
+
+    frontend = serve.deployment(
+        name="Frontend", num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=10_000
+    )
+    return frontend(serve.ingress(build)()).bind()
+
+
+def _start_http(host: str, port: int) -> None:
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.CRITICAL)  # the error of _start says what it would
+    serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port}, logging_config=_quiet())
+
+
+def _start(application: Any, name: str, route: str | None) -> None:
+    """Starts an application. Raises the RequestError that a replica raised, else RuntimeError."""
+    from ray import serve
+
     try:
-        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+        serve.run(application, name=name, route_prefix=route, logging_config=_quiet())
     except RuntimeError as error:
-        replicas = serve.status().applications[APPLICATION].deployments.values()
+        replicas = serve.status().applications[name].deployments.values()
         cause = next((r.message for r in replicas if r.message), str(error))
         line = cause.strip().splitlines()[-1].strip()  # of a traceback: the exception
         if "RequestError: " in line:
             raise RequestError(line.split("RequestError: ", 1)[1]) from None
         raise RuntimeError(f"the replicas do not start: {line}") from error
+
+
+def _quiet() -> dict[str, Any]:
+    return {"log_level": "WARNING", "enable_access_log": False}
 
 
 def _refuse_second_serve() -> None:
@@ -187,13 +253,14 @@ def _free_port(host: str, port: int) -> int:
 
 
 def _welcome(config: ServeConfig, url: str) -> str:
-    if config.host in _LOOPBACK:
-        reach = "only this machine reaches it"
+    if config.token_file is not None:
+        reach, token = f"for the token in {config.token_file}", ' -H "Authorization: Bearer $(cat TOKEN_FILE)"'
     else:
-        reach = "whoever reaches this machine can use it: there is no password"
+        reach, token = "only this machine reaches it: there is no token", ""
     return (
         f"serve: {url} ({reach}); Ctrl-C stops it\n"
-        f"  try   curl -sS {url}/v1/samples -H 'content-type: application/json' "
+        f"  look  {url}/\n"
+        f"  try   curl -sS {url}/v1/samples{token} -H 'content-type: application/json' "
         """-d '{"seed": 0, "response_format": "png"}' -o picture.png\n"""
         f"  more  {url}/docs"
     )

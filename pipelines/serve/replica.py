@@ -1,0 +1,325 @@
+"""A process that draws: the loaded models, the thread that steps them, and requests as streams of events. No Ray in it.
+
+A request goes in as plain values and comes out as batches of events, so that it may come from another process:
+
+    {"type": "taken", "model", "step", "labels", "seeds", "calls"}    the first one, or
+    {"type": "refused", "status", "detail", "retry_after"}            the only one
+    {"type": "progress", "steps_done", "images_done"}
+    {"type": "preview", "index", "steps_done", "data"}                data: bytes of a PNG
+    {"type": "picture", "index", "data"}                              of a PNG, or of a .npy
+    {"type": "done"}, or {"type": "failed", "status", "detail"}       the last one
+"""
+
+import asyncio
+import io
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ldm import images
+from ldm.buckets import measure_buckets
+from ldm.config import RequestError, validate
+from ldm.drawing import load_sampler
+from ldm.engine import Drawn, Event, Finished, Job, Preview, Progress, StepEngine
+from ldm.sharing import Refused
+from ldm.snapshot import Snapshot
+from pipelines.serve.catalog import Catalog, Version
+from pipelines.serve.config import ServeConfig
+from pipelines.serve.requests import BulkRequest, SamplesRequest
+
+_log = logging.getLogger("ldm.serve")
+Observe = Callable[[str, float], None]
+"""(name of a metric, value): see `pipelines.serve.metrics`."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pictures `first` to `first + count` of a request. body: its JSON. events: whether progress is told."""
+
+    body: dict[str, Any]
+    bulk: bool
+    first: int
+    count: int
+    events: bool = False
+
+
+@dataclass
+class _Model:
+    version: Version
+    engine: StepEngine
+    used: float = field(default_factory=time.monotonic)
+
+    @property
+    def snapshot(self) -> Snapshot:
+        return self.version.snapshot
+
+
+class Replica:
+    """The models of one process. Raises RequestError where the default one cannot be loaded.
+
+    device: "cpu" or "cuda". observe: is told the figures of the metrics.
+    """
+
+    def __init__(self, config: ServeConfig, device: str, observe: Observe = lambda name, value: None) -> None:
+        self.config, self.device, self.observe = config, device, observe
+        self.catalog = Catalog(config.snapshot)
+        self._models: dict[str, _Model] = {}  # by the hash of the weights
+        self._loading = threading.Lock()
+        self._wake, self._stopped = threading.Event(), threading.Event()
+        self._default = self._load(self.catalog.default())
+        # This thread has its own number of torch threads: that of the one which made it.
+        self._threads = [threading.Thread(target=self._step_all, args=(torch.get_num_threads(),), daemon=True)]
+        if config.refresh_s > 0:
+            self._threads.append(threading.Thread(target=self._follow_default, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Ends the threads. Jobs that are not done stay so."""
+        self._stopped.set()
+        self._wake.set()
+        for thread in self._threads:
+            thread.join()
+
+    def check(self) -> None:
+        """Raises RuntimeError where nothing is drawn any more."""
+        if not all(thread.is_alive() for thread in self._threads):
+            raise RuntimeError("a thread of the replica has ended")
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are here, those that are drawn included."""
+        return sum(len(model.engine.jobs) for model in list(self._models.values()))
+
+    def describe(self) -> dict[str, Any]:
+        """What can be asked for: the body of /v1/models."""
+        loaded = {model.version.name for model in list(self._models.values())}
+        default, config = self._default.version, self.config
+        versions = {version.name: version for version in self.catalog.versions()} | {default.name: default}
+        listed = sorted(versions.values(), key=lambda version: (version != default, -version.snapshot.step))
+        return {
+            "models": [
+                {"name": v.name, "default": v == default, "loaded": v.name in loaded, **_describe(v.snapshot)}
+                for v in listed
+            ],
+            "limits": {
+                "max_images": config.max_images,
+                "max_steps": config.max_steps,
+                "batch_size": self._default.engine.capacity,
+                "deadline_s": config.deadline_s,
+            },
+            "waiting": self.waiting,
+        }
+
+    async def draw(self, task: Task) -> AsyncIterator[list[dict[str, Any]]]:
+        """The events of a request, some at a time. Closing the iterator cancels it."""
+        loop, queue = asyncio.get_running_loop(), asyncio.Queue[Event]()
+
+        def emit(event: Event) -> None:
+            if task.events or not isinstance(event, Progress):
+                loop.call_soon_threadsafe(queue.put_nowait, event)
+
+        began, previewed, ended = time.monotonic(), False, False
+        taking = asyncio.ensure_future(asyncio.to_thread(self._take, task, emit))
+        try:
+            model, job, taken = await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            taking.add_done_callback(_cancel_taken)
+            raise
+        except RequestError as error:
+            yield [{"type": "refused", "status": 422, "detail": str(error), "retry_after": None}]
+            return
+        except Refused as error:
+            self.observe("refused", 1)
+            yield [{"type": "refused", "status": 429, "detail": str(error), "retry_after": error.retry_after}]
+            return
+        try:
+            yield [taken]
+            while not ended:
+                events = [await queue.get()]
+                while not queue.empty():
+                    events.append(queue.get_nowait())
+                told = [event for event in events if not isinstance(event, Progress)]
+                progress = [event for event in events if isinstance(event, Progress)][-1:]
+                if not previewed and any(isinstance(event, Preview) for event in events):
+                    previewed = True
+                    self.observe("first_preview_s", time.monotonic() - began)
+                ended = isinstance(events[-1], Finished)
+                yield await asyncio.to_thread(_encode, [*progress, *told], task.bulk and _is_npy(task))
+        finally:
+            if not ended:
+                model.engine.cancel(job)
+                self.observe("cancelled", 1)
+
+    def _take(self, task: Task, emit: Callable[[Event], None]) -> tuple[_Model, Job, dict[str, Any]]:
+        """Checks the request and queues it. Raises RequestError and Refused."""
+        request = validate(BulkRequest if task.bulk else SamplesRequest, task.body)
+        config = self.config
+        if request.num_inference_steps > config.max_steps:
+            raise RequestError(
+                f"num_inference_steps={request.num_inference_steps}: the most here is {config.max_steps}"
+            )
+        if not task.bulk and request.count > config.max_images:
+            raise RequestError(
+                f"num_images={request.count}: the most in one request is {config.max_images}; use /v1/bulk"
+            )
+        model = self._model(request.model)
+        request.check(model.snapshot)
+        labels, seeds = request.rows(model.snapshot.conditioning, task.first, task.count)
+        seconds = request.deadline_s or (None if task.bulk else config.deadline_s)
+        job = Job(
+            request,
+            labels,
+            seeds,
+            emit,
+            source=request.source(model.snapshot, task.first, task.count),
+            exact=request.exact,
+            previews=getattr(request, "previews", 0),
+            deadline=None if seconds is None else time.monotonic() + seconds,
+        )
+        model.engine.submit(job)
+        model.used = time.monotonic()
+        self._wake.set()
+        taken = {
+            "type": "taken",
+            "model": model.version.name,
+            "step": model.snapshot.step,
+            "labels": None if labels is None else labels.tolist(),
+            "seeds": seeds.tolist(),
+            "calls": job.steps,
+        }
+        return model, job, taken
+
+    def _model(self, name: str | None) -> _Model:
+        """The model of this name, loaded where it is not. Raises RequestError and Refused."""
+        default = self._default
+        if name is None or name == default.version.name:
+            return default
+        version = self.catalog.find(name)
+        with self._loading:
+            if version.snapshot.weights_sha256 not in self._models:
+                self._make_room()
+            return self._load(version)
+
+    def _make_room(self) -> None:
+        """Lets go of the model that was not asked for longest. Raises Refused where all are at work."""
+        while len(self._models) >= max(2, self.config.max_models):
+            idle = {k: m for k, m in self._models.items() if m is not self._default and not m.engine.jobs}
+            if not idle:
+                raise Refused("as many models as fit are at work; try again in a moment", 5.0)
+            del self._models[min(idle, key=lambda k: idle[k].used)]
+
+    def _load(self, version: Version) -> _Model:
+        """A model that is ready: each batch shape has been computed once. Raises RequestError and ValueError."""
+        key = version.snapshot.weights_sha256
+        if key not in self._models:
+            config = self.config
+            capacity = None if config.batch_size == "auto" else int(config.batch_size)
+            if self._models:  # one size for all versions: it is a part of what an exact picture depends on
+                capacity = self._default.engine.capacity
+            sampler = load_sampler(
+                version.snapshot.url, capacity or 1, self.device, config.denoiser_type, config.precision, config.compile
+            )
+            engine = StepEngine(sampler, measure_buckets(sampler, capacity), config.max_waiting)
+            sampler.decode(torch.zeros(1, *sampler.latent_shape, device=sampler.device))
+            self._models[key] = _Model(version, engine)
+        return self._models[key]
+
+    def _step_all(self, threads: int) -> None:
+        torch.set_num_threads(threads)
+        while not self._stopped.is_set():
+            self._wake.clear()
+            for model in list(self._models.values()):
+                if model.engine.step():
+                    self._wake.set()
+                    self._observe_call(model.engine)
+            self._wake.wait()
+
+    def _observe_call(self, engine: StepEngine) -> None:
+        self.observe("queue", self.waiting)
+        if engine.last_call is not None:
+            rows, _, seconds = engine.last_call
+            self.observe("occupancy", rows / engine.capacity)
+            self.observe("step_s", seconds)
+
+    def _follow_default(self) -> None:
+        """Switches to a newer version when it is loaded and warm; a broken one leaves the old one in its place."""
+        told = None
+        while not self._stopped.wait(self.config.refresh_s):
+            try:
+                version = self.catalog.default()
+                if version.snapshot.weights_sha256 != self._default.snapshot.weights_sha256:
+                    with self._loading:
+                        self._default, before = self._load(version), self._default
+                    _log.warning("serve: %s takes the place of %s", _named(version), _named(before.version))
+                told = None
+            except Exception as error:  # it goes on with what it has, whatever the new version is
+                text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                if text != told:
+                    _log.error("serve: goes on with %s: %s", _named(self._default.version), text)
+                told = text
+
+
+def _cancel_taken(taking: "asyncio.Future[tuple[_Model, Job, dict[str, Any]]]") -> None:
+    """Nobody waits any more for a request that was being taken."""
+    if not taking.cancelled() and taking.exception() is None:
+        model, job, _ = taking.result()
+        model.engine.cancel(job)
+
+
+def _named(version: Version) -> str:
+    return f"{version.name} (step {version.snapshot.step})"
+
+
+def _describe(snapshot: Snapshot) -> dict[str, Any]:
+    height, width = snapshot.picture_shape()
+    flow = snapshot.diffusion_config.is_flow
+    return {
+        "snapshot": snapshot.url,
+        "step": snapshot.step,
+        "images_seen": snapshot.images_seen,
+        "weights_sha256": snapshot.weights_sha256,
+        "image_size": height if height == width else [height, width],
+        "num_classes": snapshot.conditioning.num_classes,
+        "classes": list(snapshot.conditioning.names),
+        "num_train_timesteps": snapshot.diffusion_config.num_train_timesteps,
+        "flow": flow,
+        "samplers": ["euler", "heun"] if flow else ["ddim", "ddpm", "dpmpp_2m"],
+        "guidance": snapshot.conditioning.type == "class" and snapshot.denoiser.get("label_dropout") != 0,
+    }
+
+
+def _is_npy(task: Task) -> bool:
+    return task.body.get("response_format") == "npy"
+
+
+def _encode(events: list[Event], npy: bool) -> list[dict[str, Any]]:
+    """Events as plain values: pictures as PNGs, or as .npy."""
+    told: list[dict[str, Any]] = []
+    for event in events:
+        if isinstance(event, Progress):
+            told.append({"type": "progress", "steps_done": event.steps_done, "images_done": event.images_done})
+        elif isinstance(event, Preview):
+            data = images.to_png(event.pixels.numpy())
+            told.append({"type": "preview", "index": event.index, "steps_done": event.steps_done, "data": data})
+        elif isinstance(event, Drawn):
+            data = _to_npy(event.pixels) if npy else images.to_png(event.pixels.numpy())
+            told.append({"type": "picture", "index": event.index, "data": data})
+        elif event.problem is None:
+            told.append({"type": "done"})
+        else:
+            told.append({"type": "failed", "status": 504 if event.late else 500, "detail": event.problem})
+    return told
+
+
+def _to_npy(pixels: Tensor) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, pixels.numpy(), allow_pickle=False)
+    return buffer.getvalue()
