@@ -312,14 +312,19 @@ class StepEngine:
         jobs = self._share.in_order()
         if len(jobs) >= self.max_jobs:
             raise Refused("as many requests wait as may wait; try again in a moment", self._duration(jobs) / len(jobs))
-        expected, before = 0.0, 0
+        now, work, new_work, expected = time.monotonic(), 0, 0, 0.0
+        retry_after = max(1.0, self._duration(jobs))
         for job in self._share.in_order_with(new, new.work_left):
-            before += job.work_left
-            done = self._seconds_for(before, job.longest_left)
-            expected = done if job is new else expected
-            if job.deadline is not None and time.monotonic() + done > job.deadline:
-                owner = "the deadline" if job is new else "the deadline of a request that was taken before"
-                raise Refused(f"{owner} could not be kept; try again in a moment", max(1.0, self._duration(jobs)))
+            work += job.work_left
+            seconds = self._seconds_for(work, job.longest_left)
+            if job is new:
+                new_work, expected = job.work_left, seconds
+            if job.deadline is None or now + seconds <= job.deadline:
+                continue
+            if job is new:
+                raise Refused("the deadline could not be kept; try again in a moment", retry_after)
+            if now + self._seconds_for(work - new_work, job.longest_left) <= job.deadline:  # else it is late by itself
+                raise Refused("an earlier request's deadline could not be kept; try again in a moment", retry_after)
         return expected
 
     def _duration(self, jobs: Sequence[Job]) -> float:

@@ -26,7 +26,7 @@ _DESCRIBE_WITHIN_S = 10.0
 class SamplesClient:
     """A client of one deployment. Raises RequestError where none answers, or it refuses the request.
 
-    weights_sha256: of the model that is to draw, where it is served; else the default one does. model: what draws (name,
+    weights_sha256: of the model that is to draw, where it is served; else the default one. model: what draws (name,
     snapshot, step, weights_sha256).
     """
 

@@ -109,7 +109,7 @@ def create_app(backend: Backend, *, token_sha256: str | None = None, in_flight: 
 
     @app.post("/v1/bulk", responses={**responses, 200: {"content": {"application/x-tar": {}}}})
     async def bulk_(body: BulkRequest) -> StreamingResponse:
-        """Any number of pictures, as a tar in the order asked for, whole where it has its end. Hanging up cancels it."""
+        """Any number of pictures, as a tar in the order asked for, whole if it has its end. Hanging up cancels it."""
         stream = bulk.draw_all(backend, body, in_flight)
         first = await anext(stream)  # what is wrong is told before the answer begins
         return StreamingResponse(_after(first, stream), media_type="application/x-tar")
@@ -195,10 +195,19 @@ def _explain_errors(app: "FastAPI") -> None:
     from fastapi import Request
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
+    from starlette.exceptions import HTTPException
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
         return JSONResponse({"detail": one_line(error.errors()[0])}, 422)
+
+    @app.exception_handler(HTTPException)
+    async def refused(request: Request, error: HTTPException) -> JSONResponse:
+        if (
+            error.status_code == 400
+        ):  # FastAPI's for a body that JSON readers give up on, such as one of 100,000 brackets
+            return JSONResponse({"detail": "body: is no JSON"}, 422)
+        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
 
     @app.exception_handler(RequestError)
     async def wrong(request: Request, error: RequestError) -> JSONResponse:

@@ -93,11 +93,12 @@ def _resolve_mlflow(reference: str) -> str:
         else:
             name, _, number = name.partition("/")
             version = client.get_model_version(name, number)
-        if version.model_id:  # a logged model, as `ldm train` makes them
-            return str(client.get_logged_model(version.model_id).params["snapshot"])
+        source = str(version.source)
+        if source.startswith(MLFLOW):  # a logged model, as `ldm train` makes them
+            return str(client.get_logged_model(source.removeprefix(MLFLOW)).params["snapshot"])
     except (MlflowException, KeyError) as error:
         text = " ".join(str(error).split())[:160]
         raise RequestError(
             f"snapshot={reference}: MLflow has no snapshot of that name ({text}); give models:/NAME@ALIAS"
         ) from None
-    return str(version.source)
+    return source

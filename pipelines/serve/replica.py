@@ -206,7 +206,10 @@ class Replica:
         with self._loading:
             if version.snapshot.weights_sha256 not in self._models:
                 self._make_room()
-            return self._load(version)
+            try:
+                return self._load(version)
+            except (OSError, ValueError) as error:  # RequestError is one
+                raise RequestError(f"model={name}: cannot be loaded ({error})") from None
 
     def _make_room(self) -> None:
         """Lets go of the model that was not asked for longest. Raises Refused where all are at work."""

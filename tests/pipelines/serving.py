@@ -1,0 +1,57 @@
+"""The application in this process, without Ray: what tests of HTTP talk to."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any, TypeVar
+
+import httpx
+
+from pipelines.serve.config import ServeConfig
+from pipelines.serve.local import local_app
+from pipelines.serve.replica import Replica
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def replica(snapshot: str, **settings: Any) -> Iterator[Replica]:
+    """A replica on the CPU; batches of 8 rows unless told otherwise, and no look for newer versions."""
+    made = Replica(ServeConfig(snapshot=snapshot, **{"batch_size": 8, "refresh_s": 0, **settings}), "cpu")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def within(made: Replica, work: Callable[[httpx.AsyncClient], Awaitable[T]], **options: Any) -> T:
+    """What `work` answers, given a client of the application."""
+
+    async def main() -> T:
+        transport = httpx.ASGITransport(local_app(made, **options))
+        async with httpx.AsyncClient(transport=transport, base_url="http://app", timeout=60) as client:
+            return await work(client)
+
+    return asyncio.run(main())
+
+
+def post(made: Replica, body: Any, path: str = "/v1/samples", **options: Any) -> httpx.Response:
+    """The answer to one request; bytes are sent as they are."""
+
+    async def send(client: httpx.AsyncClient) -> httpx.Response:
+        if isinstance(body, bytes):
+            return await client.post(path, content=body, headers={"content-type": "application/json"})
+        return await client.post(path, json=body)
+
+    return within(made, send, **options)
+
+
+async def read_events(answer: httpx.Response) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+    """Server-sent events as (kind, data)."""
+    kind = ""
+    async for line in answer.aiter_lines():
+        if line.startswith("event: "):
+            kind = line.removeprefix("event: ")
+        elif line.startswith("data: "):
+            yield kind, json.loads(line.removeprefix("data: "))
