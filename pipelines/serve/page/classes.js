@@ -31,9 +31,11 @@ export class ClassPicker {
     return [...this.chosen];
   }
 
+  /** Returns the first number that is no class; undefined where all are. */
   set(numbers) {
     this.chosen = numbers.filter((number) => number < this.names.length);
     this.#show();
+    return numbers.find((number) => number >= this.names.length);
   }
 
   /** single: an interpolation is of one class. */

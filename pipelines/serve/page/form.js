@@ -68,7 +68,7 @@ export class Form {
     return settings;
   }
 
-  /** Fills the form from a link. Throws Mistake where it names a model that is not served. */
+  /** Fills the form from a link. Throws Mistake for what this model or its sampler does not have. */
   write(settings) {
     const known = this.models.some((model) => model.name === settings.model);
     if (settings.model !== undefined && !known) throw new Mistake("model", settings.model, "is not served here");
@@ -85,7 +85,8 @@ export class Form {
     this.compared = settings.mode === "compare";
     if (this.compared) this.panels.b.write(settings.b);
     this.#showMode();
-    this.classes.set(settings.labels);
+    const wrong = this.classes.set(settings.labels);
+    if (wrong !== undefined) throw new Mistake("labels", wrong, "is no class of this model");
   }
 
   /** Marks the field of a detail such as "eta=2: must be…"; returns its input, where there is one. */
@@ -166,6 +167,6 @@ function named(key, read, value) {
   try {
     return read(value);
   } catch (error) {
-    throw error instanceof Mistake ? new Mistake(key, value, error.should) : error;
+    throw error instanceof Mistake ? new Mistake(key, error.value, error.should) : error;
   }
 }

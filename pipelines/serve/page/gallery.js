@@ -125,7 +125,7 @@ export class Column {
     const [height, width] = shapeOf(this.model);
     const many = this.pictures.length;
     const side = this.settings.mode === "compare" ? 0.75 : 1;
-    const room = side * (many === 1 ? 448 : many <= 4 ? 288 : many <= 16 ? 176 : 128);
+    const room = side * (many === 1 ? 448 : many <= 4 ? 240 : many <= 16 ? 176 : 128);
     const shown = many === 1 && width > room ? Math.min(width, 768) : shownWidth(width, room);
     this.root.style.setProperty("--tile", `${shown}px`);
     this.root.style.setProperty("--shape", `${width} / ${height}`);

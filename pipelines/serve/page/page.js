@@ -2,7 +2,7 @@
 
 import { Problem, draw, getModels, keepToken } from "./api.js";
 import { plural } from "./describe.js";
-import { byId } from "./dom.js";
+import { byId, set } from "./dom.js";
 import { Film } from "./film.js";
 import { Form } from "./form.js";
 import { Column } from "./gallery.js";
@@ -65,6 +65,7 @@ async function drawAll({ frame, link = "push", focus = false } = {}) {
   }
   const mine = (running = new AbortController());
   byId("cancel").disabled = false;
+  set(byId("result"), { "aria-busy": "true" });
   const fragment = toLink({ ...settings, picture: frame });
   if (fragment !== location.hash) history[link + "State"](null, "", fragment);
 
@@ -115,7 +116,7 @@ async function drawColumn(column, signal, accepted) {
     if (event === "done") {
       column.finish(data.seconds);
       times.add(request, data.seconds);
-      form.panels[column.side].showTimes(times.rows(request));
+      for (const { side, settings } of columns) form.panels[side].showTimes(times.rows(toRequest(settings, side)));
       announce(`Done: ${plural(column.pictures.length, "picture")} in ${data.seconds.toFixed(1)} seconds`);
     }
   }
@@ -143,6 +144,7 @@ function idle() {
   running = null;
   if (document.activeElement === byId("cancel")) byId("draw").focus(); // a disabled button would lose the focus
   byId("cancel").disabled = true;
+  set(byId("result"), { "aria-busy": "false" });
 }
 
 function slid() {

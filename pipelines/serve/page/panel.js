@@ -79,7 +79,7 @@ export class Panel {
     return read;
   }
 
-  /** The counterpart of `read`: what is missing gets its default. */
+  /** The counterpart of `read`: what is missing gets its default. Throws Mistake for what cannot be shown. */
   write(settings) {
     const { sampler, eta, guidance_interval, ...others } = settings;
     if (this.model.samplers.includes(sampler)) this.inputs.sampler.value = sampler;
@@ -89,6 +89,10 @@ export class Panel {
     for (const [key, value] of Object.entries(values)) if (key in this.inputs) this.inputs[key].value = value;
     for (const key in this.sliders) this.#toSlider(key);
     this.#showUnderstood();
+    const shown = { ...DEFAULTS, guidance_interval: [0, 1], ...this.read() };
+    for (const [key, value] of Object.entries(settings)) {
+      if (String(shown[key]) !== String(value)) throw new Mistake(key, value, "is not for this model and sampler");
+    }
   }
 
   /** The input of an API name, to mark what is wrong. */

@@ -38,12 +38,11 @@ export const SAMPLER = {
 };
 const SECOND = "b."; // before the names of the second settings
 
-/** A value that cannot be read; key: whose. value: undefined where the browser itself could not read it. */
+/** A value that is not what it should be; key: whose. value: undefined where the browser itself could not read it. */
 export class Mistake extends Error {
   constructor(key, value, should) {
     super(value === undefined ? `${key}: ${should}` : `${key}=${value}: ${should}`);
-    this.key = key;
-    this.should = should;
+    Object.assign(this, { value, should });
   }
 }
 
@@ -76,7 +75,7 @@ export function fromLink(fragment) {
     try {
       into[key] = readers[key](value);
     } catch (error) {
-      throw error instanceof Mistake ? new Mistake(name, value, error.should) : error;
+      throw error instanceof Mistake ? new Mistake(name, error.value, error.should) : error;
     }
   }
   if (!["draw", "compare", "interpolate"].includes(settings.mode)) {
