@@ -1,9 +1,10 @@
-"""Image shards and a random autoencoder that the tests of this folder share."""
+"""Image shards, a random autoencoder and latents that the tests of this folder share."""
 
 import pytest
 
+from ldm.autoencoder import Autoencoder
 from ldm.shards import RawSample
-from tests.pictures import image_shard, kl_model, samples
+from tests.pictures import image_shard, kl_model, latent_dataset, samples
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,16 @@ def source(tmp_path_factory):
     bad[15].members["cls"] = b"seven"
     image_shard(folder / "train-00001.tar", bad)
     image_shard(folder / "train-00002.tar", samples(20, start=40))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory) -> str:
+    """A latent dataset to train on, that no test changes: 45 random moments (8, 2, 2) of 3 classes."""
+    folder = tmp_path_factory.mktemp("latents")
+    autoencoder = Autoencoder(kl_model())
+    latent_dataset(str(folder), autoencoder, counts=(20, 18, 7))
+    autoencoder.save(str(folder / "autoencoder"))
     return str(folder)
 
 

@@ -37,16 +37,6 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A latent dataset of 45 random moments (8, 2, 2), 3 classes."""
-    folder = tmp_path_factory.mktemp("latents")
-    autoencoder = Autoencoder(kl_model())
-    latent_dataset(str(folder), autoencoder, counts=(20, 18, 7))
-    autoencoder.save(str(folder / "autoencoder"))
-    return str(folder)
-
-
 def config(latents: str, output: Path | str, **changes: Any) -> TrainConfig:
     values = {"latents": latents, "output": str(output), "tracking": {"enabled": False}, **SMALL}
     return parse(TrainConfig, [("test", values), ("changes", changes)])
@@ -381,16 +371,13 @@ def test_a_run_that_goes_on_needs_room_for_what_is_missing_only(
 
 
 @pytest.mark.ray
-def test_a_run_keeps_the_generation_that_it_began_with(latents: str, uninterrupted: Run) -> None:
+def test_a_run_keeps_the_generation_that_it_began_with(latents: str, uninterrupted: Run, tmp_path: Path) -> None:
     began_with = plan(config(latents, uninterrupted.output)).generations
-    pointer = storage.join(latents, "manifest.json")
-    before = storage.read_bytes(pointer)
-    latent_dataset(latents, Autoencoder(kl_model()), counts=(20, 18, 7, 4))
-    try:
-        assert plan(config(latents, uninterrupted.output)).generations == began_with
-        assert plan(config(latents, uninterrupted.output.parent / "new")).generations != began_with
-    finally:
-        storage.write_bytes(pointer, before)
+    grown = str(tmp_path / "latents")
+    shutil.copytree(latents, grown)
+    latent_dataset(grown, Autoencoder(kl_model()), counts=(20, 18, 7, 4))
+    assert plan(config(grown, uninterrupted.output)).generations == began_with
+    assert plan(config(grown, tmp_path / "new")).generations != began_with
 
 
 @pytest.mark.ray

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from ldm import images, storage
-from ldm.autoencoder import Autoencoder
 from ldm.config import RequestError, parse
 from ldm.diffusion import Diffusion
 from ldm.drawing import load_sampler
@@ -27,7 +26,6 @@ from pipelines.train.objective import Objective
 from pipelines.train.schedule import check_schedule, learning_rate
 from pipelines.train.signals import FatalError
 from pipelines.train.start_times import StartTimes
-from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import gloo, tiny
 
 Runs = list[tuple[Config, list[dict[str, Any]]]]
@@ -36,16 +34,6 @@ STAGES = (0, 1, 2, 3)
 WORLD = 2
 BAD_LOSS, BAD_GRADIENT = 1, 3
 """Batches in which rank 1 alone goes wrong."""
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """45 random moments (8, 2, 2) of 3 classes, about a fifth of which is held out."""
-    folder = tmp_path_factory.mktemp("latents")
-    autoencoder = Autoencoder(kl_model())
-    latent_dataset(str(folder), autoencoder, counts=(20, 18, 7))
-    autoencoder.save(str(folder / "autoencoder"))
-    return str(folder)
 
 
 def config(latents: str, output: Path | str, **changes: Any) -> TrainConfig:
