@@ -1,10 +1,12 @@
-"""Image shards, a random autoencoder and latents that the tests of this folder share."""
+"""Image shards, a random autoencoder, latents and a run on them that the tests of this folder share."""
 
 import pytest
 
 from ldm.autoencoder import Autoencoder
 from ldm.shards import RawSample
+from pipelines.train import train
 from tests.pictures import image_shard, kl_model, latent_dataset, samples
+from tests.pipelines.training import Run, config, tracked
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +39,15 @@ def latents(tmp_path_factory) -> str:
     latent_dataset(str(folder), autoencoder, counts=(20, 18, 7))
     autoencoder.save(str(folder / "autoencoder"))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(latents: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 8 steps that nothing disturbed, and that no test changes."""
+    place = tmp_path_factory.mktemp("runs")
+    uri = f"sqlite:///{place}/mlflow.db"
+    report = train(config(latents, place / "run", tracking=tracked(uri)))
+    return Run(place / "run", uri, report)
 
 
 @pytest.fixture(scope="session")
