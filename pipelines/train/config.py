@@ -83,7 +83,8 @@ class TrainConfig(Config):
     compile: bool = Field(False, description="compiles the denoiser with torch.compile; needs g++; not with ZeRO-3")
     deterministic: bool = Field(
         False,
-        description="kernels that give the same bits on the same GPUs and world; slower; needless on a CPU",
+        description="kernels that give the same bits on the same GPUs and world; slower, by what is measured and said "
+        "when a run starts; needless on a CPU",
     )
     deepspeed: dict[str, Any] = Field(
         {}, description="DeepSpeed settings, for experts, such as offload; see docs/training.md"

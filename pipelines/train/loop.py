@@ -23,6 +23,7 @@ from pipelines.train.build import build_denoiser, build_engine, ema_profiles, op
 from pipelines.train.checkpoint import read_full
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
+from pipelines.train.deterministic import Slowdown, measure_slowdown
 from pipelines.train.ema import Ema
 from pipelines.train.estimate import matmul_rate, training_flops
 from pipelines.train.guard import Guard, Samples, Usual, poisoned
@@ -35,6 +36,7 @@ from pipelines.train.saver import Saver
 from pipelines.train.schedule import learning_rate
 from pipelines.train.signals import Notices
 from pipelines.train.start_times import StartTimes
+from pipelines.train.tell import tell
 from pipelines.train.validation import Validation
 
 SNAPSHOT_PROFILE = "main"
@@ -65,6 +67,13 @@ class Worker:
         origin, device = find_origin(config.output, zero.all_gather), worker_device()
         on_gpu = device.type == "cuda"
         self.micro_batch = micro_batch_size(config, denoiser, self.dataset, device, origin.url, by_trial=on_gpu)
+        self.slowdown: Slowdown | None = None
+        if config.deterministic:
+            times.done("denoiser")
+            self.slowdown = measure_slowdown(config, denoiser, self.dataset, device, self.micro_batch)
+            if self.rank == 0:
+                tell(f"deterministic=true: {self.slowdown}")
+            times.done("deterministic")
         self.engine = build_engine(config, denoiser, self.micro_batch)
         times.done("engine")
         self.device = self.engine.device
@@ -209,6 +218,8 @@ class Worker:
             "perf/micro_batch_size": self.micro_batch,
             PROGRESS_KEY: self.step,
         }
+        if self.slowdown is not None:
+            counts["perf/deterministic_cost"] = self.slowdown.share
         self.tracker.log({**point, **self.saver.metrics, **counts}, self.images_seen)
 
     def _missed_validation(self) -> bool:

@@ -13,6 +13,7 @@ import os
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -98,7 +99,7 @@ def trial_pass(
     reserved: int,
     timestep_dtype: torch.dtype = torch.int64,
 ) -> None:
-    """Forward and backward of `size` samples beside `reserved` bytes, and nothing is left of it.
+    """`one_pass` beside `reserved` bytes, and nothing is left of it.
 
     Raises torch.OutOfMemoryError. The denoiser's gradients are dropped.
     """
@@ -106,19 +107,43 @@ def trial_pass(
     beside = torch.empty(reserved, dtype=torch.uint8, device=device)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            x = torch.zeros(size, *latent_shape, device=device)
-            t = torch.zeros(size, dtype=timestep_dtype, device=device)
-            label = torch.zeros(size, dtype=torch.int64, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                output = denoiser(x, t, label if labels else None)
-            output.float().square().mean().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            one_pass(denoiser, size, latent_shape, labels=labels, precision=precision, timestep_dtype=timestep_dtype)
     finally:
         del beside
         denoiser.zero_grad(set_to_none=True)
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def one_pass(
+    denoiser: nn.Module,
+    size: int,
+    latent_shape: tuple[int, int, int],
+    *,
+    labels: bool,
+    precision: str,
+    timestep_dtype: torch.dtype = torch.int64,
+) -> None:
+    """Forward and backward of `size` samples, all of them 0, until the device is done. Adds to the gradients."""
+    device = next(denoiser.parameters()).device
+    x = torch.zeros(size, *latent_shape, device=device)
+    t = torch.zeros(size, dtype=timestep_dtype, device=device)
+    label = torch.zeros(size, dtype=torch.int64, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = denoiser(x, t, label if labels else None)
+    output.float().square().mean().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def kind_of_pass(config: TrainConfig, dataset: LatentDataset) -> dict[str, Any]:
+    """What `one_pass` takes beside a denoiser and a size."""
+    return {
+        "latent_shape": dataset.latent_shape,
+        "labels": bool(dataset.num_classes),
+        "precision": config.precision,
+        "timestep_dtype": torch.float32 if config.diffusion.is_flow else torch.int64,
+    }
 
 
 def node_memory() -> int:
@@ -152,11 +177,8 @@ def _tried(config: TrainConfig, model: nn.Module, dataset: LatentDataset, share:
     trial = functools.partial(
         trial_pass,
         model,
-        latent_shape=dataset.latent_shape,
-        labels=bool(dataset.num_classes),
-        precision=config.precision,
         reserved=max(0, state - 2 * sum(p.nbytes for p in model.parameters())),
-        timestep_dtype=torch.float32 if config.diffusion.is_flow else torch.int64,
+        **kind_of_pass(config, dataset),
     )
     return largest_that_fits(share, trial)
 

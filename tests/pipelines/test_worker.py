@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from ldm.drawing import load_sampler
 from ldm.latents.dataset import LatentDataset
 from ldm.plan import SamplerConfig
 from ldm.snapshot import read_snapshot
-from pipelines.tracking import Tracker
 from pipelines.train import TrainConfig, zero
 from pipelines.train.config import TrainConfig as Config
 from pipelines.train.guard import Guard, Usual
@@ -25,60 +23,14 @@ from pipelines.train.loop import Worker
 from pipelines.train.objective import Objective
 from pipelines.train.schedule import check_schedule, learning_rate
 from pipelines.train.signals import FatalError
-from pipelines.train.start_times import StartTimes
 from tests.pipelines import gloo, tiny
+from tests.pipelines.workers import WORLD, Notebook, config, masters, worker
 
 Runs = list[tuple[Config, list[dict[str, Any]]]]
 """(config, what each rank found)"""
 STAGES = (0, 1, 2, 3)
-WORLD = 2
 BAD_LOSS, BAD_GRADIENT = 1, 3
 """Batches in which rank 1 alone goes wrong."""
-
-
-def config(latents: str, output: Path | str, **changes: Any) -> TrainConfig:
-    values = {
-        "latents": latents,
-        "output": str(output),
-        "tracking": {"enabled": False},
-        "max_steps": 4,
-        "checkpoint_every": 4,
-        "log_every": 2,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "num_workers": WORLD,
-        "learning_rate": 1e-2,
-        "holdout": 0.2,
-        "device": "cpu",
-        "validation": {"grid": 3, "num_inference_steps": 2},
-        "denoiser": {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 1},
-    }
-    return parse(TrainConfig, [("test", values), ("changes", changes)])
-
-
-class Notebook(Tracker):
-    """Keeps what is logged."""
-
-    def __init__(self, settings: Config) -> None:
-        super().__init__(settings.tracking, "train/test")
-        self.points: list[tuple[int, dict[str, float]]] = []
-        self.images: list[tuple[str, Any]] = []
-
-    def log(self, metrics: dict[str, float], images_seen: int) -> None:
-        self.points.append((images_seen, dict(metrics)))
-
-    def image(self, name: str, pixels: Any) -> None:
-        self.images.append((name, pixels))
-
-
-def worker(settings: Config, notebook: Notebook) -> Worker:
-    dataset = LatentDataset(settings.latents_urls, global_batch_size=8)
-    generations = [manifest.generation for manifest in dataset.manifests]
-    return Worker(settings, generations, {}, notebook, None, StartTimes(time.time()))
-
-
-def masters(run: Worker) -> list[torch.Tensor]:
-    return [held.master.clone() for held in run.engine.state.held]
 
 
 def train_with_faults(rank: int, world: int, settings: list[Config]) -> list[dict[str, Any]]:
