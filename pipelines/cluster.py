@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from ldm.config import RequestError
+from pipelines.progress import counted
 
 # What Ray prints on the driver's stdout beside our own line for the same event; read when ray is imported.
 os.environ.setdefault(
@@ -70,16 +71,22 @@ def resources_per_worker(num_workers: int, device: str) -> tuple[dict[str, float
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in nodes]  # a head without work has none
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    if device == "cuda" and gpus < num_workers:
-        raise RequestError(f"num_workers={num_workers}: the cluster has {gpus} GPUs; give at most {gpus}")
-    if not any(cpus):
-        raise RequestError(f"num_workers={num_workers}: the cluster has no CPU for a worker; add a node")
+    check_room(num_workers, device, nodes)
     share = cpu_share(cpus, num_workers)
     threads = max(1, int(share))
     if device == "cuda":
         return {"CPU": min(1.0, share), "GPU": 1.0}, threads
     return {"CPU": share}, threads
+
+
+def check_room(num_workers: int, device: str, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises RequestError where nodes with these resources have fewer GPUs than workers, or no CPU."""
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if device == "cuda" and gpus < num_workers:
+        has = f"num_workers={num_workers}: the cluster has {counted(gpus, 'GPU')}"
+        raise RequestError(f"{has}; give {'at most ' if gpus > 1 else ''}{gpus}, or device=cpu")
+    if not any(int(node.get("CPU", 0)) for node in nodes):
+        raise RequestError(f"num_workers={num_workers}: the cluster has no CPU for a worker; add a node")
 
 
 def place_workers(
@@ -100,6 +107,19 @@ def place_workers(
         return None
     share = cpu_share(cpus, world)
     return world, {"CPU": min(1.0, share), "GPU": 1.0} if on_gpu else {"CPU": share}
+
+
+def known_nodes() -> list[dict[str, float]] | None:
+    """The resources of the nodes that a stage will run on, as far as that is known without a session: those of the Ray
+    that runs in this process, or of this machine where one would be started here; None for another cluster."""
+    ray = sys.modules.get("ray")  # it takes a second to import, and where nobody has it does not run
+    if ray is not None and ray.is_initialized():
+        return list(live_nodes().values())
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    import torch
+
+    return [{"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}]
 
 
 def live_nodes() -> dict[str, dict[str, float]]:
@@ -188,7 +208,12 @@ def resolve_device(device: str) -> str:
     """`auto` => "cuda" where the cluster has a GPU, else "cpu". Raises RequestError for a GPU that is not there."""
     import ray
 
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    return choose_device(device, [ray.cluster_resources()])
+
+
+def choose_device(device: str, nodes: Iterable[Mapping[str, float]]) -> str:
+    """`resolve_device` for nodes with these resources."""
+    has_gpu = any(node.get("GPU", 0) > 0 for node in nodes)
     if device == "cuda" and not has_gpu:
         raise RequestError("device=cuda: the cluster has no GPU; give device=cpu or device=auto")
     return "cuda" if device != "cpu" and has_gpu else "cpu"

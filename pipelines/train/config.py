@@ -92,7 +92,9 @@ class TrainConfig(Config):
     checkpoint_every: int = Field(5_000, gt=0, description="optimizer steps between checkpoints")
     keep_last: int = Field(3, gt=0, description="checkpoints kept; snapshots are all kept")
     keep_every: int | None = Field(
-        None, gt=0, description="optimizer steps; checkpoints at its multiples are kept for good"
+        None,
+        gt=0,
+        description="optimizer steps, a multiple of checkpoint_every; checkpoints at its multiples are kept for good",
     )
     log_every: int = Field(50, gt=0, description="optimizer steps between points in MLflow")
     skip_limit: int = Field(10, gt=0, description="so many steps in a row that are not finite end the run")

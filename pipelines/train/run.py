@@ -29,7 +29,7 @@ from pipelines.train.resume import ask_to_go_back, choose_checkpoint
 from pipelines.train.schedule import check_schedule
 from pipelines.train.space import check_space
 from pipelines.train.validation import check_validation
-from pipelines.train.workers import possible_worlds, run_workers
+from pipelines.train.workers import check_cluster, possible_worlds, run_workers
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     exclusions = exclusions_asked(config, record, batches_read)
     dataset = open_latents(config, record.generations if record else None, exclusions)
     world = possible_worlds(config)[0]
+    check_cluster(config)
     check_schedule(config)
     check_validation(config, dataset)
     if config.holdout > 0 and config.validation.images > 0:

@@ -1,10 +1,15 @@
 """What is refused before any work, and the room that a run needs."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from jobs import cli
 from ldm.config import RequestError
 from pipelines.train import plan, train
 from tests.pipelines.training import Run, config
@@ -19,8 +24,10 @@ from tests.pipelines.training import Run, config
         ({"num_workers": [5, 7]}, r"num_workers=\[5, 7\]: none of these divides .*=8; give a range with 4 in it"),
         ({"num_workers": [4, 1]}, r"num_workers=\[4, 1\]: should be \[least, most\]; give \[1, 4\]"),
         ({"num_workers": 0}, "num_workers=0: input should be greater than 0"),
-        ({"num_workers": [1, 2], "micro_batch_size": 3}, "micro_batch_size=3: .* share of 8 or 4"),
-        ({"micro_batch_size": 3}, "micro_batch_size=3: does not divide a worker's share of 4"),
+        ({"num_workers": [1, 2], "micro_batch_size": 3}, "micro_batch_size=3: .* share of 8 or 4 .*; give 2$"),
+        ({"micro_batch_size": 3}, "micro_batch_size=3: does not divide a worker's share of 4 .*; give 2$"),
+        ({"micro_batch_size": 9}, "micro_batch_size=9: does not divide a worker's share of 4 .*; give 4$"),
+        ({"checkpoint_every": 4, "keep_every": 6}, "keep_every=6: is no multiple of checkpoint_every=4, .*; give 8$"),
         ({"zero_stage": 7}, "zero_stage=7: should be 0, 1, 2 or 3"),
         ({"denoiser": {"patch_size": 3}}, "denoiser.patch_size=3: does not divide the latent size 2x2"),
         ({"denoiser": {"type": "no.such:Thing"}}, "denoiser.type=no.such:Thing: cannot import"),
@@ -55,6 +62,33 @@ def test_a_wrong_request_is_refused_before_any_work(
         train(config(**{"latents": latents, "output": tmp_path / "run", **changes}))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_compiler_that_is_not_there_is_missed_before_any_work(
+    latents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(latents, tmp_path / "run", compile=True)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(RequestError, match=r"^compile=true: .*, and there is no no-such-compiler; install it"):
+        plan(asked)
+    monkeypatch.setenv("CXX", "sh")  # some program
+    assert plan(asked).step == 0
+
+
+def test_what_a_cluster_has_is_known_where_ray_would_be_started_here(
+    latents: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By the command, as one gives it: another cluster is asked only when the run begins."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    values = {"latents": latents, "output": tmp_path / "run", "device": "cuda", "max_steps": 1, "validation.grid": 0}
+    command = ["train", "--dry-run", *(f"{key}={value}" for key, value in values.items())]
+    assert cli.main(command) == 2
+    assert capsys.readouterr().err == "error: device=cuda: the cluster has no GPU; give device=cpu or device=auto\n"
+    program = "import sys; from jobs import cli; sys.exit(cli.main(sys.argv[1:]))"
+    environment = {**os.environ, "RAY_ADDRESS": "10.0.0.1:6379", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", program, *command], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "1 worker, ZeRO-2" in done.stdout, done.stderr
 
 
 @pytest.mark.ray
