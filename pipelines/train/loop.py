@@ -25,11 +25,12 @@ from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.deterministic import Slowdown, measure_slowdown
 from pipelines.train.ema import Ema
-from pipelines.train.estimate import matmul_rate, training_flops
 from pipelines.train.guard import Guard, Samples, Usual, poisoned
+from pipelines.train.memory import training_flops
 from pipelines.train.meter import Meter
 from pipelines.train.microbatch import micro_batch_size, worker_device
 from pipelines.train.objective import Objective
+from pipelines.train.rate import matmul_rate
 from pipelines.train.record import note_validation, validation_losses
 from pipelines.train.resume import Origin, find_origin, resume
 from pipelines.train.saver import Saver

@@ -27,7 +27,7 @@ from pipelines.progress import say
 from pipelines.train import zero
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig
-from pipelines.train.estimate import Memory, denoiser_cost, memory_of_run
+from pipelines.train.memory import Memory, denoiser_cost, memory_of_run
 
 _SHARE_OF_MEMORY = 0.8
 """Of a node's limit, that its CPU workers may take together."""

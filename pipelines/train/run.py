@@ -15,8 +15,8 @@ from pipelines.tracking import Tracker
 from pipelines.train.build import engine_settings, open_latents
 from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.train.config import TrainConfig, check_unused, trajectory
-from pipelines.train.estimate import meta_denoiser
 from pipelines.train.loop import snapshot_url, tracking_url
+from pipelines.train.memory import meta_denoiser
 from pipelines.train.record import (
     RunRecord,
     exclusions_asked,

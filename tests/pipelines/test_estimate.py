@@ -14,7 +14,7 @@ from ldm.cost import LiveBytes, cost
 from ldm.denoiser import DenoiserConfig, build_denoiser
 from pipelines.train import zero
 from pipelines.train.ema import Ema, EmaProfile
-from pipelines.train.estimate import memory
+from pipelines.train.memory import memory
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import gloo
 

@@ -17,7 +17,7 @@ from pipelines.train import microbatch
 from pipelines.train.build import open_latents
 from pipelines.train.checkpoint_files import write_marker
 from pipelines.train.config import TrainConfig
-from pipelines.train.estimate import denoiser_cost, memory_of_run
+from pipelines.train.memory import denoiser_cost, memory_of_run
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import gloo
 
