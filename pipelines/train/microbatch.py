@@ -23,11 +23,11 @@ from ldm import storage
 from ldm.config import RequestError
 from ldm.cost import Cost, UntraceableError
 from ldm.latents.dataset import LatentDataset
-from pipelines.progress import say
 from pipelines.train import zero
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig
 from pipelines.train.memory import Memory, denoiser_cost, memory_of_run
+from pipelines.train.tell import tell
 
 _SHARE_OF_MEMORY = 0.8
 """Of a node's limit, that its CPU workers may take together."""
@@ -61,7 +61,7 @@ def micro_batch_size(
     found = min(zero.all_gather(found))
     if rank == 0:
         times = share // found
-        say(f"train: micro_batch_size=auto: {found} ({why}){f', accumulated {times} times' if times > 1 else ''}")
+        tell(f"micro_batch_size=auto: {found} ({why}){f', accumulated {times} times' if times > 1 else ''}")
     return found
 
 

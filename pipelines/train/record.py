@@ -7,8 +7,8 @@ from typing import Any
 from ldm import storage
 from ldm.config import RequestError, differences, validate
 from ldm.latents.choice import ids_hash, read_ids
-from pipelines.progress import say
 from pipelines.train.config import TrainConfig, trajectory
+from pipelines.train.tell import tell
 
 RUN_FILE = "run.json"
 VALIDATION_FILE = "validation.json"
@@ -69,7 +69,7 @@ def write_note(url: str, value: Any) -> None:
     try:
         storage.write_json(url, value)
     except OSError as error:
-        say(f"train: {url} cannot be written ({' '.join(str(error).split())[:200]})")
+        tell(f"{url} cannot be written ({' '.join(str(error).split())[:200]})")
 
 
 def note_validation(output: str, step: int, loss: float) -> None:
