@@ -48,6 +48,14 @@ def open_latents(
     )
 
 
+def open_holdout(
+    config: TrainConfig, generations: Sequence[str] | None, exclusions: Mapping[int, str | Collection[int]]
+) -> LatentDataset:
+    """The samples that a run is validated on, without any that is left out by now: lists only grow."""
+    now = {0: exclusions[max(exclusions)]} if exclusions else {}
+    return open_latents(config, generations, now, split="holdout")
+
+
 def build_denoiser(config: TrainConfig, dataset: LatentDataset) -> nn.Module:
     """With fresh weights, or those of `init_from`."""
     denoiser = denoiser_module.build_denoiser(

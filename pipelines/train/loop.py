@@ -19,7 +19,7 @@ from ldm.latents.batch import LatentBatch
 from ldm.snapshot import read_snapshot, write_snapshot
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
-from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_latents
+from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_holdout, open_latents
 from pipelines.train.checkpoint import read_full
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
@@ -31,7 +31,7 @@ from pipelines.train.meter import Meter
 from pipelines.train.microbatch import micro_batch_size, worker_device
 from pipelines.train.objective import Objective
 from pipelines.train.rate import matmul_rate
-from pipelines.train.record import note_validation, validation_losses
+from pipelines.train.record import note_validation, validations
 from pipelines.train.resume import Origin, find_origin, resume
 from pipelines.train.saver import Saver
 from pipelines.train.schedule import learning_rate
@@ -204,7 +204,7 @@ class Worker:
     def _build_validation(self, generations: list[str], exclusions: dict[int, str]) -> Validation:
         config, holdout = self.config, None
         if config.holdout > 0 and config.validation.images > 0:
-            holdout = open_latents(config, generations, exclusions, split="holdout")
+            holdout = open_holdout(config, generations, exclusions)
         return Validation(config, self.engine, self.ema, self.objective, self.dataset, holdout, self.micro_batch)
 
     def _log(self) -> None:
@@ -225,7 +225,7 @@ class Worker:
 
     def _missed_validation(self) -> bool:
         """Whether a kill came between the checkpoint of this step and its validation. Collective."""
-        missed = self.step > 0 and self._validates() and str(self.step) not in validation_losses(self.config.output)
+        missed = self.step > 0 and self._validates() and self.step not in validations(self.config.output)
         return bool(self.validation.measures and zero.all_gather(missed)[0])
 
     def _validate(self) -> None:
@@ -236,7 +236,7 @@ class Worker:
             self.tracker.log(losses, self.images_seen)
             if self.rank == 0:
                 self.tracker.secure()
-                note_validation(self.config.output, self.step, losses["val/loss"])
+                note_validation(self.config.output, self.step, losses["val/loss"], self.validation.samples)
         if grid is not None:
             self.tracker.image(f"samples/step-{self.step:010d}.png", grid)
 

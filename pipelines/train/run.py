@@ -12,16 +12,16 @@ from pipelines import cluster, lineage
 from pipelines.outbox import kept_files
 from pipelines.progress import say
 from pipelines.tracking import Tracker
-from pipelines.train.build import engine_settings, open_latents
+from pipelines.train.build import engine_settings, open_holdout, open_latents
 from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.train.config import TrainConfig, check_unused, trajectory
 from pipelines.train.loop import snapshot_url, tracking_url
 from pipelines.train.memory import meta_denoiser
 from pipelines.train.record import (
     RunRecord,
+    best_steps,
     exclusions_asked,
     read_record,
-    validation_losses,
     write_exclusions,
     write_record,
 )
@@ -85,7 +85,7 @@ def plan(config: TrainConfig) -> TrainPlan:
     check_schedule(config)
     check_validation(config, dataset)
     if config.holdout > 0 and config.validation.images > 0:
-        open_latents(config, record.generations if record else None, exclusions, split="holdout")
+        open_holdout(config, record.generations if record else None, exclusions)
     engine_settings(config, 1, world)
     if record is None:
         check_unused(config.diffusion)
@@ -154,9 +154,8 @@ def train(config: TrainConfig) -> TrainReport:
 
 
 def _name_the_best(config: TrainConfig, tracker: Tracker) -> None:
-    """Of the snapshots that were validated and are there, the one with the smallest loss."""
-    losses = sorted((loss, int(step)) for step, loss in validation_losses(config.output).items() if loss is not None)
-    for loss, step in losses:
+    """Of the snapshots that are there and were validated as the last one was, the one with the smallest loss."""
+    for loss, step in best_steps(config.output):
         url = snapshot_url(config.output, step)
         if storage.exists(storage.join(url, "snapshot.json")):
             tracker.best_model(read_snapshot(url), "val/loss", loss)

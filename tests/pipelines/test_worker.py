@@ -17,6 +17,7 @@ from ldm.latents.dataset import LatentDataset
 from ldm.plan import SamplerConfig
 from ldm.snapshot import read_snapshot
 from pipelines.train import TrainConfig, zero
+from pipelines.train.build import open_holdout
 from pipelines.train.config import TrainConfig as Config
 from pipelines.train.guard import Guard, Usual
 from pipelines.train.loop import Worker
@@ -158,6 +159,15 @@ def test_the_grid_is_what_the_snapshot_draws(runs: Runs) -> None:
         drawn = sampler.draw(torch.arange(3), torch.arange(3), steps)
         expected = images.grid(drawn.numpy(), columns=2)
         assert np.abs(pixels.astype(int) - expected).max() <= 1 and expected.std() > 1
+
+
+def test_what_is_excluded_while_a_run_rests_is_validated_on_no_more(latents: str) -> None:
+    settings = config(latents, "output")
+    before = open_holdout(settings, None, {})
+    gone = before.batch(0).ids[0].item()
+    after = open_holdout(settings, None, {0: [], 8: [gone]})
+    assert set(after.all().ids.tolist()) == set(before.all().ids.tolist()) - {gone}
+    assert gone not in after.batch(0).ids.tolist() and after.chosen["hash"] != before.chosen["hash"]
 
 
 def test_stages_agree(runs: Runs) -> None:
