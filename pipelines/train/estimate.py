@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from ldm import storage
 from ldm.cost import UntraceableError
 from ldm.latents.dataset import LatentDataset
+from pipelines import cluster
 from pipelines.train import zero
 from pipelines.train.config import TrainConfig
 from pipelines.train.memory import Memory, denoiser_cost, memory_of_run, meta_denoiser
@@ -15,7 +16,7 @@ from pipelines.train.workers import possible_worlds
 
 ASSUMED_MFU = 0.4
 """Share of the matmul rate that an estimate of the hours takes for granted."""
-_COLUMNS = ("weights", "optimizer", "averages", "gradients", "activations", "communication", "total", "host")
+_COLUMNS = ("weights", "optimizer", "averages", "gradients", "activations", "communication", "step", "total", "host")
 
 
 @dataclass(frozen=True)
@@ -51,12 +52,13 @@ def estimate(config: TrainConfig, dataset: LatentDataset, what: str, output_byte
     world = possible_worlds(config)[-1]
     share = config.global_batch_size // world
     micro_batch = share if config.micro_batch_size == "auto" else config.micro_batch_size
+    on_gpu = _on_gpu(config)
     steps_per_epoch = dataset.num_samples / config.global_batch_size
     notes = []
     if config.micro_batch_size == "auto":
         notes.append(f"micro_batch_size=auto: the memory is for a worker's whole share of {share}; less if that is all")
     try:
-        costs = denoiser_cost(config, dataset, on_gpu=config.device != "cpu")
+        costs = denoiser_cost(config, dataset, on_gpu=on_gpu)
     except UntraceableError as error:
         costs = None
         notes.append(f"FLOPs, memory, hours: not known; {error}")
@@ -64,7 +66,7 @@ def estimate(config: TrainConfig, dataset: LatentDataset, what: str, output_byte
 
     def of_stage(stage: int) -> Memory:
         assert costs is not None
-        return memory_of_run(config, costs, world=world, micro_batch=micro_batch, stage=stage)
+        return memory_of_run(config, costs, world=world, micro_batch=micro_batch, stage=stage, on_gpu=on_gpu)
 
     if costs is not None:
         todo = max(0, config.max_steps - begun) * config.global_batch_size
@@ -93,6 +95,12 @@ def estimate(config: TrainConfig, dataset: LatentDataset, what: str, output_byte
         price=None if hours is None or not config.price_per_hour else hours * world * config.price_per_hour,
         notes=notes,
     )
+
+
+def _on_gpu(config: TrainConfig) -> bool:
+    """Whether the workers will have GPUs; of a cluster that is not known, whether they may."""
+    nodes = cluster.known_nodes()
+    return config.device != "cpu" if nodes is None else cluster.choose_device(config.device, nodes) == "cuda"
 
 
 def _row(of_stage: Memory) -> dict[str, int]:
@@ -127,10 +135,12 @@ def _memory_table(found: Estimate) -> list[str]:
     for row in found.memory:
         mark = "*" if row["stage"] == found.zero_stage else " "
         lines.append(f"  {row['stage']} {mark}   " + " ".join(f"{row[name] / 1e9:13.2f}" for name in _COLUMNS))
-    lines.append(
-        "  host: a copy on the host's side while a checkpoint is written, not in the total; CUDA and NCCL come on top"
-    )
-    return lines
+    return [
+        *lines,
+        "  total: weights, optimizer, averages, and the larger of step and the three before it, which do not meet",
+        "  host: a copy on the host's side while a checkpoint is written, and what a GPU offloads; not in the total",
+        "  CUDA and NCCL come on top",
+    ]
 
 
 def _si(count: float) -> str:

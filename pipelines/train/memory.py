@@ -6,7 +6,8 @@ holds them to it). They leave out what CUDA, NCCL and the allocator's fragments 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from ldm.activations import checkpoint_activations
 from ldm.cost import Cost, cost, forward_flops
 from ldm.denoiser import build_denoiser
 from ldm.latents.dataset import LatentDataset
-from pipelines.train import zero
+from pipelines.train.build import engine_settings
 from pipelines.train.config import TrainConfig
 
 _LIVE_PARAMETERS = 1_000_000_000  # DeepSpeed's default of stage3_max_live_parameters
@@ -39,7 +40,7 @@ class Memory:
     step: int
     """Gradients and temporaries of the optimizer's step, when activations and buckets are gone."""
     host: int
-    """Not in the total: the host's copy of the state while a checkpoint is written."""
+    """Not in the total: the host's copy of the state while a checkpoint is written, and what a GPU worker offloads."""
 
     @property
     def total(self) -> int:
@@ -47,22 +48,32 @@ class Memory:
         return state + max(self.gradients + self.activations + self.communication, self.step)
 
 
-def memory(costs: Cost, *, stage: int, world: int, micro_batch: int, accumulates: bool, averages: int) -> Memory:
-    """Memory of one worker under ZeRO `stage`; averages: how many EMA profiles, accumulates: over micro-batches."""
-    settings = zero.deepspeed_config(
-        stage=stage, precision="fp32", global_batch_size=world, micro_batch_size=1, world=world
-    )
+def memory(
+    costs: Cost,
+    *,
+    stage: int,
+    world: int,
+    micro_batch: int,
+    accumulates: bool,
+    averages: int,
+    options: Mapping[str, Any],
+    on_gpu: bool,
+) -> Memory:
+    """Memory of one worker under ZeRO `stage`; averages: how many EMA profiles, accumulates: over micro-batches.
+
+    options: DeepSpeed's section `zero_optimization`, of which what another stage has is left out.
+    """
     whole = 4 * costs.trainable_parameters
     share = -(-whole // world)
-    bucket = min(4 * settings["zero_optimization"]["reduce_bucket_size"], whole)
+    bucket = int(min(4 * options["reduce_bucket_size"], whole))
     frozen = 4 * (costs.parameters - costs.trainable_parameters) + costs.buffer_bytes
     # Stage 0 reduces a flat copy of all. Stage 1 keeps whole gradients while it accumulates; stage 2 has those reduced
     # before beside those reduced now. Their bucket is copied once to be reduced. In stage 3 gathered weights stay until
     # a billion of them are there.
     gradients = (whole, whole if accumulates else share, 2 * share if accumulates else share, share)[stage]
-    gathered = min(4 * _LIVE_PARAMETERS, whole)
+    gathered = int(min(4 * options.get("stage3_max_live_parameters", _LIVE_PARAMETERS), whole))
     communication = (min(4 * 500_000_000, whole), 2 * bucket, 2 * bucket, 2 * bucket + gathered)[stage]
-    return Memory(
+    found = Memory(
         stage=stage,
         weights=frozen + (share if stage == 3 else whole),
         optimizer=2 * whole if stage == 0 else 3 * share,
@@ -73,6 +84,25 @@ def memory(costs: Cost, *, stage: int, world: int, micro_batch: int, accumulates
         step=2 * whole if stage == 0 else 3 * share,  # gradients, their flat copy, a temporary of AdamW
         host=(3 + averages) * share,
     )
+    moved = _offloaded(found, options, share, accumulates)
+    if not on_gpu:  # it lies in the same memory
+        moved = replace(moved, optimizer=moved.optimizer + moved.host - found.host, host=found.host)
+    return moved
+
+
+def _offloaded(held: Memory, options: Mapping[str, Any], share: int, accumulates: bool) -> Memory:
+    """What `offload_optimizer` and `offload_param` move from the GPU to the host."""
+    if held.stage > 0 and _on_cpu(options, "offload_optimizer"):
+        # Masters, moments, averages and the step, whose buffers stay; stages 1 and 2 add gradients up in one more.
+        moved = held.optimizer + held.averages + held.step + (share if accumulates and held.stage < 3 else 0)
+        held = replace(held, optimizer=0, averages=0, step=0, gradients=0, host=held.host + moved)
+    if held.stage == 3 and _on_cpu(options, "offload_param"):
+        held = replace(held, weights=held.weights - share, host=held.host + share)
+    return held
+
+
+def _on_cpu(options: Mapping[str, Any], what: str) -> bool:
+    return (options.get(what) or {}).get("device") == "cpu"
 
 
 def meta_denoiser(config: TrainConfig, dataset: LatentDataset) -> nn.Module:
@@ -105,8 +135,10 @@ def _inputs(config: TrainConfig, dataset: LatentDataset) -> dict[str, Any]:
     return {"has_labels": bool(dataset.num_classes), "timestep_dtype": dtype}
 
 
-def memory_of_run(config: TrainConfig, costs: Cost, *, world: int, micro_batch: int, stage: int) -> Memory:
-    """Memory of one of `world` workers of this run, under a ZeRO stage."""
+def memory_of_run(
+    config: TrainConfig, costs: Cost, *, world: int, micro_batch: int, stage: int, on_gpu: bool
+) -> Memory:
+    """Memory of one of `world` workers of this run, under a ZeRO stage. Raises RequestError for what it may not set."""
     return memory(
         costs,
         stage=stage,
@@ -114,4 +146,6 @@ def memory_of_run(config: TrainConfig, costs: Cost, *, world: int, micro_batch: 
         micro_batch=micro_batch,
         accumulates=micro_batch * world < config.global_batch_size,
         averages=config.ema.num_profiles,
+        options=engine_settings(config, 1, world)["zero_optimization"],
+        on_gpu=on_gpu,
     )

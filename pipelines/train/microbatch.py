@@ -208,7 +208,8 @@ def _costs(config: TrainConfig, dataset: LatentDataset) -> Cost | str:
 
 def _memory(config: TrainConfig, costs: Cost, size: int) -> Memory:
     world = torch.distributed.get_world_size()
-    return memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage)
+    on_gpu = worker_device().type == "cuda"
+    return memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage, on_gpu=on_gpu)
 
 
 def _without_activations(denoiser: nn.Module) -> Cost:

@@ -36,6 +36,7 @@ def possible_worlds(config: TrainConfig) -> list[int]:
     worlds = [world for world in divide if micro == "auto" or batch // world % micro == 0]
     if not worlds:
         shares = [batch // world for world in divide]
+        assert micro != "auto"
         right = max(d for d in range(1, min(micro, batch) + 1) if any(share % d == 0 for share in shares))
         raise RequestError(
             f"micro_batch_size={micro}: does not divide a worker's share of {' or '.join(map(str, shares))} "

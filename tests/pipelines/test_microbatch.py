@@ -100,7 +100,8 @@ def scenario(rank: int, world: int, latents: str, output: str) -> dict[str, Any]
     take("estimate", Hungry(0), False)
     costs = denoiser_cost(config, dataset, on_gpu=False)
     for name, size, room in (("tight", 6, 1.01), ("too tight", 1, 0.99)):  # shares of what `size` samples need
-        needed = memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage).total
+        needs = memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage, on_gpu=False)
+        needed = needs.total
         microbatch.node_memory = lambda needed=needed * room: int(world * needed / 0.8)  # type: ignore[assignment]
         take(name, Hungry(0), False)
     return found
