@@ -11,7 +11,8 @@ from pipelines.train import zero
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.deterministic import use_deterministic
-from pipelines.train.loop import Worker, tracking_url
+from pipelines.train.loop import Worker
+from pipelines.train.record import tracking_url
 from pipelines.train.signals import FatalError
 from pipelines.train.start_times import StartTimes
 from pipelines.train.tell import tell_through

@@ -13,14 +13,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldm import storage
 from ldm.cost import UntraceableError
 from ldm.latents.batch import LatentBatch
-from ldm.snapshot import read_snapshot, write_snapshot
+from ldm.snapshot import read_snapshot
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
 from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_holdout, open_latents
-from pipelines.train.checkpoint import read_full
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.deterministic import Slowdown, measure_slowdown
@@ -36,11 +34,10 @@ from pipelines.train.resume import Origin, find_origin, resume
 from pipelines.train.saver import Saver
 from pipelines.train.schedule import learning_rate
 from pipelines.train.signals import Notices
+from pipelines.train.snapshots import is_there, make_snapshot, prune_snapshots, snapshot_url
 from pipelines.train.start_times import StartTimes
 from pipelines.train.tell import tell
 from pipelines.train.validation import Validation
-
-SNAPSHOT_PROFILE = "main"
 
 
 class Worker:
@@ -219,9 +216,8 @@ class Worker:
             "perf/micro_batch_size": self.micro_batch,
             PROGRESS_KEY: self.step,
         }
-        if self.slowdown is not None:
-            counts["perf/deterministic_cost"] = self.slowdown.share
-        self.tracker.log({**point, **self.saver.metrics, **counts}, self.images_seen)
+        slowdown = {} if self.slowdown is None else {"perf/deterministic_cost": self.slowdown.share}
+        self.tracker.log({**point, **self.saver.metrics, **counts, **slowdown}, self.images_seen)
 
     def _missed_validation(self) -> bool:
         """Whether a kill came between the checkpoint of this step and its validation. Collective."""
@@ -285,29 +281,15 @@ class Worker:
 
     def _finish_snapshot(self, checkpoint: str) -> None:
         """What a kill after the checkpoint may have prevented."""
-        if storage.exists(storage.join(self.snapshot, "snapshot.json")):
+        if is_there(self.config.output, self.step):
             self.tracker.model(read_snapshot(self.snapshot))
         else:
             self._write_snapshot(checkpoint, {"step": self.step, "images_seen": self.images_seen})
 
     def _write_snapshot(self, checkpoint: str, progress: dict[str, Any]) -> None:
         """Of a committed checkpoint; on rank 0, beside the training."""
-        url, manifest = snapshot_url(self.config.output, progress["step"]), self.dataset.manifest
-        storage.remove(storage.join(url, "snapshot.json"))  # of a run that went back from here
-        write_snapshot(
-            url,
-            read_full(checkpoint, f"ema.{SNAPSHOT_PROFILE}") | read_full(checkpoint, "buffer"),
-            denoiser_config=self.config.denoiser,
-            diffusion_config=self.config.diffusion,
-            statistics=self.dataset.statistics,
-            conditioning=manifest.conditioning,
-            latent_shape=self.dataset.latent_shape,
-            fingerprint=manifest.fingerprint,
-            step=progress["step"],
-            images_seen=progress["images_seen"],
-            autoencoder_url=storage.join(manifest.url, "autoencoder"),
-        )
-        self.tracker.model(read_snapshot(url))
+        self.tracker.model(make_snapshot(self.config, self.dataset, checkpoint, progress))
+        prune_snapshots(self.config.output, self.config.keep_snapshots)
 
     def _show(self) -> None:
         if self.board is not None:
@@ -316,12 +298,3 @@ class Worker:
                 self.board.started.remote(self.times.seconds)
             note = "" if self.loss is None else f"loss {self.loss:.4f}"
             self.board.write.remote({"start": self.first_step, "step": self.step, "note": note})
-
-
-def snapshot_url(output: str, step: int) -> str:
-    return storage.join(output, "snapshots", f"step-{step:010d}")
-
-
-def tracking_url(output: str) -> str:
-    """Where a run keeps what MLflow has not heard yet."""
-    return storage.join(output, "tracking")

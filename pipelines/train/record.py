@@ -112,6 +112,11 @@ def _write_validations(output: str, found: dict[int, Validated]) -> None:
     write_note(storage.join(output, VALIDATION_FILE), {str(step): asdict(one) for step, one in found.items()})
 
 
+def tracking_url(output: str) -> str:
+    """Where a run keeps what MLflow has not heard yet."""
+    return storage.join(output, "tracking")
+
+
 def exclusions_asked(config: TrainConfig, record: RunRecord | None, batches_read: int) -> dict[int, frozenset[int]]:
     """All that is left out from each batch on, when the run goes on after so many batches. Lists only grow.
 

@@ -5,6 +5,7 @@ from ldm.autoencoder import FILES
 from ldm.config import RequestError
 from pipelines.train.checkpoint import checkpoint_url, committed_steps
 from pipelines.train.config import TrainConfig
+from pipelines.train.snapshots import snapshot_steps
 
 _FP32 = 4
 _SNAPSHOT = _FP32  # bytes for each parameter: an average
@@ -20,7 +21,7 @@ def check_space(config: TrainConfig, parameters: int, checkpoint: str | None) ->
     # Not those that a run which goes back leaves behind.
     before = [step for step in steps if checkpoint and checkpoint_url(config.output, step) <= checkpoint]
     needed = _needed(config, parameters, before)
-    remedy = "give an output on a larger disk, a larger checkpoint_every or a smaller keep_last"
+    remedy = "give an output on a larger disk, a larger checkpoint_every or a smaller keep_last or keep_snapshots"
     storage.check_space("output", config.output, needed, remedy)
     return needed
 
@@ -43,7 +44,16 @@ def _needed(config: TrainConfig, parameters: int, committed: list[int]) -> int:
     kept = config.keep_every or config.max_steps + 1
     checkpoints = min(saves, max(1, config.keep_last + 1 - len(committed)) + config.max_steps // kept - begun // kept)
     checkpoint = _FP32 * (3 + config.ema.num_profiles)  # masters, two moments, averages
-    return checkpoints * checkpoint * parameters + saves * (_SNAPSHOT * parameters + _autoencoder_bytes(config))
+    snapshot = _SNAPSHOT * parameters + _autoencoder_bytes(config)
+    return checkpoints * checkpoint * parameters + _snapshots(config, saves) * snapshot
+
+
+def _snapshots(config: TrainConfig, saves: int) -> int:
+    """How many of `saves` stand at a time beside those that are there: one more than is kept, as of checkpoints."""
+    if config.keep_snapshots is None:
+        return saves
+    validates = config.holdout > 0 and config.validation.images > 0  # then the best one is kept too
+    return min(saves, max(1, config.keep_snapshots + validates + 1 - len(snapshot_steps(config.output))))
 
 
 def _autoencoder_bytes(config: TrainConfig) -> int:

@@ -107,7 +107,10 @@ def test_a_run_that_goes_on_needs_room_for_what_is_missing_only(
     assert bytes_each(new, checkpoint_every=5) == 2 * 20 + 2 * 4
     assert bytes_each(new, max_steps=800, keep_last=1) == 2 * 20 + 400 * 4
     assert bytes_each(new, keep_last=1, keep_every=4) == 4 * 20 + 4 * 4
+    assert bytes_each(new, max_steps=800, keep_last=1, keep_snapshots=2) == 2 * 20 + 3 * 4
+    assert bytes_each(new, max_steps=800, keep_last=1, keep_snapshots=2, holdout=0.2) == 2 * 20 + 4 * 4  # the best one
     assert bytes_each(output) == 0
     assert bytes_each(output, max_steps=12) == 1 * 20 + 2 * 4  # three checkpoints are there
     assert bytes_each(output, max_steps=12, keep_last=1) == 1 * 20 + 2 * 4
+    assert bytes_each(output, max_steps=12, keep_snapshots=5) == 1 * 20 + 2 * 4  # four are there
     assert bytes_each(output, max_steps=9, keep_last=9) == 1 * 20 + 1 * 4

@@ -13,6 +13,7 @@ from ldm.config import RequestError
 from ldm.latents.dataset import LatentDataset
 from pipelines.train import plan, train
 from pipelines.train.checkpoint import newest_checkpoint, read_full
+from pipelines.train.snapshots import snapshot_steps
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import tiny
 from tests.pipelines.killing import Killer
@@ -49,8 +50,11 @@ def test_the_same_command_goes_on_with_the_same_bits_and_logs_no_point_twice(
     from mlflow import MlflowClient
 
     output = uninterrupted.rewound(tmp_path / "run")
-    again = config(latents, output, resume="required", tracking=tracked(uninterrupted.uri), max_steps=10)
+    again = config(
+        latents, output, resume="required", tracking=tracked(uninterrupted.uri), max_steps=10, keep_snapshots=2
+    )
     report = train(again)
+    assert snapshot_steps(str(output)) == [8, 10]
     assert (report.step, report.run_id) == (10, uninterrupted.report.run_id)
     first_part = [
         read_full(storage.join(place, "checkpoints", "step-0000000008"), "master")
