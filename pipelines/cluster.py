@@ -9,6 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -187,6 +188,11 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
 
 
+def node_memory() -> int:
+    """Bytes that this node's processes may use from now on: what is available, and at most the cgroup's limit."""
+    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+
+
 def describe() -> dict[str, str]:
     """Tags that say where a run ran: host, nodes, and what they have."""
     import ray
@@ -217,6 +223,25 @@ def choose_device(device: str, nodes: Iterable[Mapping[str, float]]) -> str:
     if device == "cuda" and not has_gpu:
         raise RequestError("device=cuda: the cluster has no GPU; give device=cpu or device=auto")
     return "cuda" if device != "cpu" and has_gpu else "cpu"
+
+
+def _cgroup_limits() -> list[int]:
+    """Of this process's cgroup and those above it, versions 1 and 2."""
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        elif not controllers:
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        else:
+            continue
+        # Inside a container the path may be that of the host: then the root of the mount is the container's own.
+        inside = root / path.strip("/")
+        for folder in (inside, *(parent for parent in inside.parents if parent.is_relative_to(root))):
+            if (folder / name).is_file() and (text := (folder / name).read_text().strip()) != "max":
+                limits.append(int(text))
+    return limits
 
 
 def _workers_speak() -> bool:

@@ -12,10 +12,8 @@ import gc
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -23,6 +21,7 @@ from ldm import storage
 from ldm.config import RequestError
 from ldm.cost import Cost, UntraceableError
 from ldm.latents.dataset import LatentDataset
+from pipelines import cluster
 from pipelines.train import zero
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig
@@ -146,11 +145,6 @@ def kind_of_pass(config: TrainConfig, dataset: LatentDataset) -> dict[str, Any]:
     }
 
 
-def node_memory() -> int:
-    """Bytes that this node's processes may use from now on: what is available, and at most the cgroup's limit."""
-    return min([psutil.virtual_memory().available, *_cgroup_limits()])
-
-
 def _saved(checkpoint: str | None, world: int) -> int | None:
     """What a run in a world of this size took before."""
     if checkpoint is None:
@@ -186,7 +180,7 @@ def _tried(config: TrainConfig, model: nn.Module, dataset: LatentDataset, share:
 def _by_estimate(config: TrainConfig, dataset: LatentDataset) -> tuple[int, str]:
     """On the CPU, where what does not fit is not refused but killed. (size, why)"""
     hosts = zero.all_gather(platform.node())
-    budget = int(_SHARE_OF_MEMORY * node_memory()) // hosts.count(platform.node())
+    budget = int(_SHARE_OF_MEMORY * cluster.node_memory()) // hosts.count(platform.node())
     share = config.global_batch_size // len(hosts)
     costs = zero.all_gather(_costs(config, dataset) if torch.distributed.get_rank() == 0 else None)[0]
     if isinstance(costs, str):
@@ -228,22 +222,3 @@ def _nothing_fits(needed: int) -> RequestError:
         f"micro_batch_size=auto: not even one sample fits beside weights, gradients and optimizer "
         f"({storage.readable(needed)}); give activation_checkpointing=true, more workers or a higher zero_stage"
     )
-
-
-def _cgroup_limits() -> list[int]:
-    """Of this process's cgroup and those above it, versions 1 and 2."""
-    limits = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        elif not controllers:
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
-        else:
-            continue
-        # Inside a container the path may be that of the host: then the root of the mount is the container's own.
-        inside = root / path.strip("/")
-        for folder in (inside, *(parent for parent in inside.parents if parent.is_relative_to(root))):
-            if (folder / name).is_file() and (text := (folder / name).read_text().strip()) != "max":
-                limits.append(int(text))
-    return limits

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from ldm.config import RequestError
-from pipelines.cluster import check_room, cpu_share
+from pipelines.cluster import check_room, cpu_share, node_memory
 from pipelines.progress import counted
 
 
@@ -45,6 +45,10 @@ def test_what_a_cluster_cannot_hold_is_refused(
         check_room(num_workers, device, nodes)
     assert str(caught.value) == message
     check_room(max(1, num_workers - 1), device, [*nodes, {"CPU": 1}])
+
+
+def test_the_memory_of_this_node_is_known() -> None:
+    assert 10**8 < node_memory() < 10**14
 
 
 def test_one_worker_is_no_workers() -> None:

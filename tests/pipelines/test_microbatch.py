@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ldm.autoencoder import Autoencoder
 from ldm.config import RequestError
 from ldm.denoiser import DenoiserConfig
+from pipelines import cluster
 from pipelines.train import microbatch
 from pipelines.train.build import open_latents
 from pipelines.train.checkpoint_files import write_marker
@@ -102,7 +103,7 @@ def scenario(rank: int, world: int, latents: str, output: str) -> dict[str, Any]
     for name, size, room in (("tight", 6, 1.01), ("too tight", 1, 0.99)):  # shares of what `size` samples need
         needs = memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage, on_gpu=False)
         needed = needs.total
-        microbatch.node_memory = lambda needed=needed * room: int(world * needed / 0.8)  # type: ignore[assignment]
+        cluster.node_memory = lambda needed=needed * room: int(world * needed / 0.8)  # type: ignore[assignment]
         take(name, Hungry(0), False)
     return found
 
@@ -119,7 +120,3 @@ def test_all_ranks_take_the_smallest_and_a_resume_what_it_had(tmp_path: Path) ->
     assert taken.pop("no room").startswith("micro_batch_size=auto: not even one sample fits beside weights, ")
     assert taken.pop("too tight").startswith("micro_batch_size=auto: not even one sample fits beside weights, ")
     assert taken == {"trial": 3, "given": 4, "same world": 2, "other world": 6, "estimate": 12, "tight": 6}
-
-
-def test_the_memory_of_this_node_is_known() -> None:
-    assert 10**8 < microbatch.node_memory() < 10**14
