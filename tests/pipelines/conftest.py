@@ -1,9 +1,12 @@
-"""Image shards and a random autoencoder that the tests of this folder share."""
+"""Image shards, a random autoencoder, latents and a run on them that the tests of this folder share."""
 
 import pytest
 
+from ldm.autoencoder import Autoencoder
 from ldm.shards import RawSample
-from tests.pictures import image_shard, kl_model, samples
+from pipelines.train import train
+from tests.pictures import image_shard, kl_model, latent_dataset, samples
+from tests.pipelines.training import Run, config, tracked
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +29,25 @@ def source(tmp_path_factory):
     image_shard(folder / "train-00001.tar", bad)
     image_shard(folder / "train-00002.tar", samples(20, start=40))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory) -> str:
+    """A latent dataset to train on, that no test changes: 45 random moments (8, 2, 2) of 3 classes."""
+    folder = tmp_path_factory.mktemp("latents")
+    autoencoder = Autoencoder(kl_model())
+    latent_dataset(str(folder), autoencoder, counts=(20, 18, 7))
+    autoencoder.save(str(folder / "autoencoder"))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(latents: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 8 steps that nothing disturbed, and that no test changes."""
+    place = tmp_path_factory.mktemp("runs")
+    uri = f"sqlite:///{place}/mlflow.db"
+    report = train(config(latents, place / "run", tracking=tracked(uri)))
+    return Run(place / "run", uri, report)
 
 
 @pytest.fixture(scope="session")
