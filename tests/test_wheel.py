@@ -60,9 +60,10 @@ def test_wheel_holds_every_module_and_config(wheel: Path) -> None:
         str(path.relative_to(ROOT))
         for package in PACKAGES
         for path in (ROOT / package).rglob("*")
-        if path.suffix in (".py", ".yaml")
+        if path.suffix in (".py", ".yaml", ".html", ".css", ".js", ".svg")
     }
     assert any(name.startswith("jobs/configs/") for name in sources)
+    assert "pipelines/serve/page/index.html" in sources
     assert {name for name in names if ".dist-info/" not in name} == sources
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
