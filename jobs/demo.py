@@ -27,7 +27,8 @@ from ldm.shards import ShardReader
 from pipelines import cluster
 from pipelines.progress import Progress, say
 from pipelines.train.checkpoint import checkpoint_url, newest_checkpoint
-from pipelines.train.selfcheck import compare, killing
+from pipelines.train.killer import killing
+from pipelines.train.selfcheck import compare
 
 HOLDOUT = 0.2
 """Share of the digits that nothing is trained on; the same digits in every stage (a hash of the id decides)."""

@@ -4,6 +4,7 @@ import sys
 
 from jobs.cli import main
 from ldm.config import Config
+from pipelines.progress import counted
 from pipelines.train import TrainConfig as StageConfig
 from pipelines.train import plan
 from pipelines.train import train as run
@@ -18,7 +19,7 @@ def dry_run(config: Config) -> Estimate:
     assert isinstance(config, StageConfig)
     todo = plan(config)
     least, most = config.workers_range
-    workers = f"{most} workers" if least == most else f"{least} to {most} workers"
+    workers = counted(most, "worker") if least == most else f"{least} to {most} workers"
     what = (
         f"train on {describe_samples(todo.dataset)} (generation {'+'.join(todo.generations)}) "
         f"to step {config.max_steps:,}, {workers}, ZeRO-{config.zero_stage}, {config.precision}, "

@@ -6,6 +6,7 @@ from jobs.cli import main
 from ldm import storage
 from ldm.config import Config
 from ldm.latents.manifest import read_manifest
+from pipelines.progress import counted
 from pipelines.train import plan
 from pipelines.train.selfcheck import ResumeCheckConfig, ResumeCheckReport, check_resume, short_run
 from pipelines.verify import VerifyConfig as StageConfig
@@ -28,10 +29,10 @@ def run(config: Config) -> VerifyReport | ResumeCheckReport:
 def dry_run(config: Config) -> str:
     """Checks the request; returns what would be done."""
     if isinstance(config, ResumeCheckConfig):
-        todo = plan(short_run(config, config.output))
+        todo, workers = plan(short_run(config, config.output)), counted(config.workers_range[1], "worker")
         return (
             f"verify that training resumes exactly: {todo.parameters / 1e6:.1f} M parameters, three runs of "
-            f"{config.steps} steps on {config.num_workers} workers, below {config.output}, removed at the end"
+            f"{config.steps} steps on {workers}, below {config.output}, removed at the end"
         )
     assert isinstance(config, StageConfig)
     manifest = read_manifest(config.latents, config.generation)

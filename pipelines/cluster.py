@@ -9,12 +9,14 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
 
 from ldm.config import RequestError
+from pipelines.progress import counted
 
 # What Ray prints on the driver's stdout beside our own line for the same event; read when ray is imported.
 os.environ.setdefault(
@@ -70,16 +72,22 @@ def resources_per_worker(num_workers: int, device: str) -> tuple[dict[str, float
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in nodes]  # a head without work has none
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    if device == "cuda" and gpus < num_workers:
-        raise RequestError(f"num_workers={num_workers}: the cluster has {gpus} GPUs; give at most {gpus}")
-    if not any(cpus):
-        raise RequestError(f"num_workers={num_workers}: the cluster has no CPU for a worker; add a node")
+    check_room(num_workers, device, nodes)
     share = cpu_share(cpus, num_workers)
     threads = max(1, int(share))
     if device == "cuda":
         return {"CPU": min(1.0, share), "GPU": 1.0}, threads
     return {"CPU": share}, threads
+
+
+def check_room(num_workers: int, device: str, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raises RequestError where nodes with these resources have fewer GPUs than workers, or no CPU."""
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if device == "cuda" and gpus < num_workers:
+        has = f"num_workers={num_workers}: the cluster has {counted(gpus, 'GPU')}"
+        raise RequestError(f"{has}; give {'at most ' if gpus > 1 else ''}{gpus}, or device=cpu")
+    if not any(int(node.get("CPU", 0)) for node in nodes):
+        raise RequestError(f"num_workers={num_workers}: the cluster has no CPU for a worker; add a node")
 
 
 def place_workers(
@@ -100,6 +108,19 @@ def place_workers(
         return None
     share = cpu_share(cpus, world)
     return world, {"CPU": min(1.0, share), "GPU": 1.0} if on_gpu else {"CPU": share}
+
+
+def known_nodes() -> list[dict[str, float]] | None:
+    """The resources of the nodes that a stage will run on, as far as that is known without a session: those of the Ray
+    that runs in this process, or of this machine where one would be started here; None for another cluster."""
+    ray = sys.modules.get("ray")  # it takes a second to import, and where nobody has it does not run
+    if ray is not None and ray.is_initialized():
+        return list(live_nodes().values())
+    if os.environ.get("RAY_ADDRESS"):
+        return None
+    import torch
+
+    return [{"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}]
 
 
 def live_nodes() -> dict[str, dict[str, float]]:
@@ -167,6 +188,11 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(min(threads, len(os.sched_getaffinity(0))))
 
 
+def node_memory() -> int:
+    """Bytes that this node's processes may use from now on: what is available, and at most the cgroup's limit."""
+    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+
+
 def describe() -> dict[str, str]:
     """Tags that say where a run ran: host, nodes, and what they have."""
     import ray
@@ -188,10 +214,34 @@ def resolve_device(device: str) -> str:
     """`auto` => "cuda" where the cluster has a GPU, else "cpu". Raises RequestError for a GPU that is not there."""
     import ray
 
-    has_gpu = ray.cluster_resources().get("GPU", 0) > 0
+    return choose_device(device, [ray.cluster_resources()])
+
+
+def choose_device(device: str, nodes: Iterable[Mapping[str, float]]) -> str:
+    """`resolve_device` for nodes with these resources."""
+    has_gpu = any(node.get("GPU", 0) > 0 for node in nodes)
     if device == "cuda" and not has_gpu:
         raise RequestError("device=cuda: the cluster has no GPU; give device=cpu or device=auto")
     return "cuda" if device != "cpu" and has_gpu else "cpu"
+
+
+def _cgroup_limits() -> list[int]:
+    """Of this process's cgroup and those above it, versions 1 and 2."""
+    limits = []
+    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
+        elif not controllers:
+            root, name = Path("/sys/fs/cgroup"), "memory.max"
+        else:
+            continue
+        # Inside a container the path may be that of the host: then the root of the mount is the container's own.
+        inside = root / path.strip("/")
+        for folder in (inside, *(parent for parent in inside.parents if parent.is_relative_to(root))):
+            if (folder / name).is_file() and (text := (folder / name).read_text().strip()) != "max":
+                limits.append(int(text))
+    return limits
 
 
 def _workers_speak() -> bool:

@@ -44,6 +44,11 @@ class Progress:
         self.advance_to(self.done + count, note)
 
 
+def counted(number: int, unit: str) -> str:
+    """As in `1 worker` or `2,000 workers`."""
+    return f"{number:,} {unit}" + "s" * (number != 1)
+
+
 def say(line: str) -> None:
     """One line for the person who watches."""
     tqdm.write(line, file=sys.stderr)

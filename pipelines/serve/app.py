@@ -196,6 +196,7 @@ def _explain_errors(app: "FastAPI") -> None:
     from fastapi.exceptions import RequestValidationError
     from fastapi.responses import JSONResponse
     from starlette.exceptions import HTTPException
+    from starlette.routing import Match
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -207,7 +208,11 @@ def _explain_errors(app: "FastAPI") -> None:
             error.status_code == 400
         ):  # FastAPI's for a body that JSON readers give up on, such as one of 100,000 brackets
             return JSONResponse({"detail": "body: is no JSON"}, 422)
-        return JSONResponse({"detail": error.detail}, error.status_code, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # each of FastAPI's routes knows its own method alone
+            matching = [route for route in app.routes if route.matches(request.scope)[0] != Match.NONE]
+            headers["Allow"] = ", ".join(sorted({m for route in matching for m in getattr(route, "methods", ())}))
+        return JSONResponse({"detail": error.detail}, error.status_code, headers)
 
     @app.exception_handler(RequestError)
     async def wrong(request: Request, error: RequestError) -> JSONResponse:

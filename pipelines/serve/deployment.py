@@ -50,8 +50,8 @@ class ServePlan:
 def plan(config: ServeConfig) -> ServePlan:
     """Checks the request without Ray and without weights. Raises RequestError."""
     snapshot = Catalog(config.snapshot).default().snapshot
-    token = read_token(config)
     port = _free_port(config.host, config.port)
+    token = read_token(config)
     host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
     digest = None if token is None else hashlib.sha256(token.encode()).hexdigest()
     return ServePlan(snapshot, port, f"http://{host}:{port}", digest)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pipelines import cluster
-from pipelines.progress import Progress, say
+from pipelines.progress import Progress, counted, say
 from pipelines.train import start_times
 
 _DRAINS_EVERY_S = 1.0
@@ -154,8 +154,7 @@ class _Watcher:
 
     def _show_start(self, attempt: dict[str, Any], status: dict[str, Any]) -> None:
         if self.shown:
-            workers = "1 worker" if attempt["world"] == 1 else f"{attempt['world']} workers"
-            say(f"train: goes on from step {status['start']:,} with {workers}")
+            say(f"train: goes on from step {status['start']:,} with {counted(attempt['world'], 'worker')}")
         self.shown = attempt["number"]
         self.bar.close()  # that of the workers before
         self.progress = self.bar.enter_context(Progress("train", self.max_steps, "steps", initial=status["start"]))

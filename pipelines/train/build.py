@@ -1,5 +1,7 @@
 """What a worker trains with, as the configuration says: the latents, the engine, the averages."""
 
+import os
+import shutil
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -46,6 +48,14 @@ def open_latents(
     )
 
 
+def open_holdout(
+    config: TrainConfig, generations: Sequence[str] | None, exclusions: Mapping[int, str | Collection[int]]
+) -> LatentDataset:
+    """The samples that a run is validated on, without any that is left out by now: lists only grow."""
+    now = {0: exclusions[max(exclusions)]} if exclusions else {}
+    return open_latents(config, generations, now, split="holdout")
+
+
 def build_denoiser(config: TrainConfig, dataset: LatentDataset) -> nn.Module:
     """With fresh weights, or those of `init_from`."""
     denoiser = denoiser_module.build_denoiser(
@@ -66,6 +76,7 @@ def build_denoiser(config: TrainConfig, dataset: LatentDataset) -> nn.Module:
 def build_engine(config: TrainConfig, denoiser: nn.Module, micro_batch: int) -> zero.Engine:
     """The denoiser under DeepSpeed. Collective."""
     if config.compile:
+        check_compiler(config, os.environ["DS_ACCELERATOR"])
         compile_denoiser(denoiser)
     settings = engine_settings(config, micro_batch, torch.distributed.get_world_size())
     return zero.initialize(
@@ -90,6 +101,16 @@ def engine_settings(config: TrainConfig, micro_batch: int, world: int) -> dict[s
         gradient_clipping=config.gradient_clip,
         options=config.deepspeed,
     )
+
+
+def check_compiler(config: TrainConfig, device: str) -> None:
+    """Raises RequestError where `compile` lacks the C++ compiler that torch calls for code of a CPU."""
+    compiler = os.environ.get("CXX", "g++")
+    if config.compile and device == "cpu" and shutil.which(compiler) is None:
+        raise RequestError(
+            f"compile=true: needs a C++ compiler on a CPU, and there is no {compiler}; install it, "
+            "name another in CXX, or give compile=false"
+        )
 
 
 def ema_profiles(config: TrainConfig) -> list[EmaProfile]:

@@ -83,15 +83,21 @@ class TrainConfig(Config):
     compile: bool = Field(False, description="compiles the denoiser with torch.compile; needs g++; not with ZeRO-3")
     deterministic: bool = Field(
         False,
-        description="kernels that give the same bits on the same GPUs and world; slower; needless on a CPU",
+        description="kernels that give the same bits on the same GPUs and world; slower, by what is measured and said "
+        "when a run starts; needless on a CPU",
     )
     deepspeed: dict[str, Any] = Field(
         {}, description="DeepSpeed settings, for experts, such as offload; see docs/training.md"
     )
     checkpoint_every: int = Field(5_000, gt=0, description="optimizer steps between checkpoints")
-    keep_last: int = Field(3, gt=0, description="checkpoints kept; snapshots are all kept")
+    keep_last: int = Field(3, gt=0, description="newest checkpoints kept")
     keep_every: int | None = Field(
-        None, gt=0, description="optimizer steps; checkpoints at its multiples are kept for good"
+        None,
+        gt=0,
+        description="optimizer steps, a multiple of checkpoint_every; checkpoints at its multiples are kept for good",
+    )
+    keep_snapshots: int | None = Field(
+        None, gt=0, description="newest snapshots kept, and the best one by validation loss; null: all"
     )
     log_every: int = Field(50, gt=0, description="optimizer steps between points in MLflow")
     skip_limit: int = Field(10, gt=0, description="so many steps in a row that are not finite end the run")
@@ -153,6 +159,7 @@ OPERATIONAL = frozenset(
         "checkpoint_every",
         "keep_last",
         "keep_every",
+        "keep_snapshots",
         "log_every",
         "skip_limit",
         "max_failures",

@@ -17,6 +17,7 @@ from ray.train.v2.api.exceptions import WorkerGroupError
 
 from ldm.config import RequestError
 from pipelines import cluster
+from pipelines.progress import counted
 from pipelines.train.signals import FatalError
 
 _PATIENCE_S = 10.0  # for resources that are given back late, and for news of nodes that are gone
@@ -58,7 +59,7 @@ class Worlds(FixedScalingPolicy):
             return ResizeDecision(num_workers=best[0], resources_per_worker=best[1])
         if now > max(self._said + _SAY_EVERY_S, self._waits_since + _PATIENCE_S):
             self._said = now
-            self.board.say.remote(f"waits for room for {self.worlds[0]} workers at least")
+            self.board.say.remote(f"waits for room for {counted(self.worlds[0], 'worker')} at least")
         time.sleep(0.25)  # Ray asks again at once
         return NoopDecision()
 
@@ -80,7 +81,7 @@ class Worlds(FixedScalingPolicy):
         if best is not None and larger and larger == self._seen:  # twice: no node that comes and goes
             self._wanted = ResizeDecision(num_workers=best[0], resources_per_worker=best[1])
             self._ticket = ray.get(self.board.ask.remote())
-            self.board.say.remote(f"there is room for {best[0]} workers: takes a checkpoint first")
+            self.board.say.remote(f"there is room for {counted(best[0], 'worker')}: takes a checkpoint first")
         self._seen = larger
         return NoopDecision()
 
@@ -92,7 +93,7 @@ class Worlds(FixedScalingPolicy):
         if refused >= self._ticket:  # what was not saved would be lost
             self._wanted, self._seen, self._looked = None, 0, time.monotonic()
             return NoopDecision()
-        ray.get(self.board.lost.remote(f"begins again with {wanted.num_workers} workers"))
+        ray.get(self.board.lost.remote(f"begins again with {counted(wanted.num_workers, 'worker')}"))
         self._entered = ray.get(self.board.starts.remote())
         self._wanted, self._seen, self._looked = None, 0, time.monotonic()
         return wanted

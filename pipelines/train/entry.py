@@ -11,9 +11,11 @@ from pipelines.train import zero
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
 from pipelines.train.deterministic import use_deterministic
-from pipelines.train.loop import Worker, tracking_url
+from pipelines.train.loop import Worker
+from pipelines.train.record import tracking_url
 from pipelines.train.signals import FatalError
 from pipelines.train.start_times import StartTimes
+from pipelines.train.tell import tell_through
 
 
 def train_worker(job: dict[str, Any]) -> None:
@@ -29,6 +31,7 @@ def train_worker(job: dict[str, Any]) -> None:
     )
     os.environ["DS_ACCELERATOR"] = job["device"]
     times = StartTimes(job["entered"])
+    tell_through(job["board"])
     node = ray.get_runtime_context().get_node_id()
     job["board"].enter.remote(context.get_world_rank(), context.get_world_size(), node)
     zero.import_deepspeed()

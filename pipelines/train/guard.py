@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from ldm import storage
-from pipelines.progress import say
 from pipelines.train.record import write_note
 from pipelines.train.signals import FatalError
+from pipelines.train.tell import tell
 from pipelines.train.zero import all_gather
 
 _HORIZON = 100
@@ -96,7 +96,7 @@ class Guard:
         """Under a name of its own for each batch: what a resumed run does again is written again, not twice."""
         if torch.distributed.get_rank() == 0:
             named = [{"id": identity, "loss": _json(loss)} for identity, loss in samples]
-            say(f"train: batch {what['batch']}: {kind}, {len(named)} samples named in {self._folder}")
+            tell(f"batch {what['batch']}: {kind}, {len(named)} samples named in {self._folder}")
             known = {key: _json(value) for key, value in what.items()}
             name = f"batch-{what['batch']:010d}-{kind}.json"
             write_note(storage.join(self._folder, name), {"kind": kind, **known, "samples": named})

@@ -13,31 +13,31 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ldm import storage
 from ldm.cost import UntraceableError
 from ldm.latents.batch import LatentBatch
-from ldm.snapshot import read_snapshot, write_snapshot
+from ldm.snapshot import read_snapshot
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
-from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_latents
-from pipelines.train.checkpoint import read_full
+from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_holdout, open_latents
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.config import TrainConfig
+from pipelines.train.deterministic import Slowdown, measure_slowdown
 from pipelines.train.ema import Ema
-from pipelines.train.estimate import matmul_rate, training_flops
 from pipelines.train.guard import Guard, Samples, Usual, poisoned
+from pipelines.train.memory import training_flops
 from pipelines.train.meter import Meter
 from pipelines.train.microbatch import micro_batch_size, worker_device
 from pipelines.train.objective import Objective
-from pipelines.train.record import note_validation, validation_losses
+from pipelines.train.rate import matmul_rate
+from pipelines.train.record import note_validation, validations
 from pipelines.train.resume import Origin, find_origin, resume
 from pipelines.train.saver import Saver
 from pipelines.train.schedule import learning_rate
 from pipelines.train.signals import Notices
+from pipelines.train.snapshots import is_there, make_snapshot, prune_snapshots, snapshot_url
 from pipelines.train.start_times import StartTimes
+from pipelines.train.tell import tell
 from pipelines.train.validation import Validation
-
-SNAPSHOT_PROFILE = "main"
 
 
 class Worker:
@@ -65,6 +65,13 @@ class Worker:
         origin, device = find_origin(config.output, zero.all_gather), worker_device()
         on_gpu = device.type == "cuda"
         self.micro_batch = micro_batch_size(config, denoiser, self.dataset, device, origin.url, by_trial=on_gpu)
+        self.slowdown: Slowdown | None = None
+        if config.deterministic:
+            times.done("denoiser")
+            self.slowdown = measure_slowdown(config, denoiser, self.dataset, device, self.micro_batch)
+            if self.rank == 0:
+                tell(f"deterministic=true: {self.slowdown}")
+            times.done("deterministic")
         self.engine = build_engine(config, denoiser, self.micro_batch)
         times.done("engine")
         self.device = self.engine.device
@@ -194,7 +201,7 @@ class Worker:
     def _build_validation(self, generations: list[str], exclusions: dict[int, str]) -> Validation:
         config, holdout = self.config, None
         if config.holdout > 0 and config.validation.images > 0:
-            holdout = open_latents(config, generations, exclusions, split="holdout")
+            holdout = open_holdout(config, generations, exclusions)
         return Validation(config, self.engine, self.ema, self.objective, self.dataset, holdout, self.micro_batch)
 
     def _log(self) -> None:
@@ -209,11 +216,12 @@ class Worker:
             "perf/micro_batch_size": self.micro_batch,
             PROGRESS_KEY: self.step,
         }
-        self.tracker.log({**point, **self.saver.metrics, **counts}, self.images_seen)
+        slowdown = {} if self.slowdown is None else {"perf/deterministic_cost": self.slowdown.share}
+        self.tracker.log({**point, **self.saver.metrics, **counts, **slowdown}, self.images_seen)
 
     def _missed_validation(self) -> bool:
         """Whether a kill came between the checkpoint of this step and its validation. Collective."""
-        missed = self.step > 0 and self._validates() and str(self.step) not in validation_losses(self.config.output)
+        missed = self.step > 0 and self._validates() and self.step not in validations(self.config.output)
         return bool(self.validation.measures and zero.all_gather(missed)[0])
 
     def _validate(self) -> None:
@@ -224,7 +232,7 @@ class Worker:
             self.tracker.log(losses, self.images_seen)
             if self.rank == 0:
                 self.tracker.secure()
-                note_validation(self.config.output, self.step, losses["val/loss"])
+                note_validation(self.config.output, self.step, losses["val/loss"], self.validation.samples)
         if grid is not None:
             self.tracker.image(f"samples/step-{self.step:010d}.png", grid)
 
@@ -273,29 +281,15 @@ class Worker:
 
     def _finish_snapshot(self, checkpoint: str) -> None:
         """What a kill after the checkpoint may have prevented."""
-        if storage.exists(storage.join(self.snapshot, "snapshot.json")):
+        if is_there(self.config.output, self.step):
             self.tracker.model(read_snapshot(self.snapshot))
         else:
             self._write_snapshot(checkpoint, {"step": self.step, "images_seen": self.images_seen})
 
     def _write_snapshot(self, checkpoint: str, progress: dict[str, Any]) -> None:
         """Of a committed checkpoint; on rank 0, beside the training."""
-        url, manifest = snapshot_url(self.config.output, progress["step"]), self.dataset.manifest
-        storage.remove(storage.join(url, "snapshot.json"))  # of a run that went back from here
-        write_snapshot(
-            url,
-            read_full(checkpoint, f"ema.{SNAPSHOT_PROFILE}") | read_full(checkpoint, "buffer"),
-            denoiser_config=self.config.denoiser,
-            diffusion_config=self.config.diffusion,
-            statistics=self.dataset.statistics,
-            conditioning=manifest.conditioning,
-            latent_shape=self.dataset.latent_shape,
-            fingerprint=manifest.fingerprint,
-            step=progress["step"],
-            images_seen=progress["images_seen"],
-            autoencoder_url=storage.join(manifest.url, "autoencoder"),
-        )
-        self.tracker.model(read_snapshot(url))
+        self.tracker.model(make_snapshot(self.config, self.dataset, checkpoint, progress))
+        prune_snapshots(self.config.output, self.config.keep_snapshots)
 
     def _show(self) -> None:
         if self.board is not None:
@@ -304,12 +298,3 @@ class Worker:
                 self.board.started.remote(self.times.seconds)
             note = "" if self.loss is None else f"loss {self.loss:.4f}"
             self.board.write.remote({"start": self.first_step, "step": self.step, "note": note})
-
-
-def snapshot_url(output: str, step: int) -> str:
-    return storage.join(output, "snapshots", f"step-{step:010d}")
-
-
-def tracking_url(output: str) -> str:
-    """Where a run keeps what MLflow has not heard yet."""
-    return storage.join(output, "tracking")

@@ -12,9 +12,8 @@ import gc
 import os
 import platform
 from collections.abc import Callable
-from pathlib import Path
+from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -22,11 +21,12 @@ from ldm import storage
 from ldm.config import RequestError
 from ldm.cost import Cost, UntraceableError
 from ldm.latents.dataset import LatentDataset
-from pipelines.progress import say
+from pipelines import cluster
 from pipelines.train import zero
 from pipelines.train.checkpoint_files import read_marker
 from pipelines.train.config import TrainConfig
-from pipelines.train.estimate import Memory, denoiser_cost, memory_of_run
+from pipelines.train.memory import Memory, denoiser_cost, memory_of_run
+from pipelines.train.tell import tell
 
 _SHARE_OF_MEMORY = 0.8
 """Of a node's limit, that its CPU workers may take together."""
@@ -60,7 +60,7 @@ def micro_batch_size(
     found = min(zero.all_gather(found))
     if rank == 0:
         times = share // found
-        say(f"train: micro_batch_size=auto: {found} ({why}){f', accumulated {times} times' if times > 1 else ''}")
+        tell(f"micro_batch_size=auto: {found} ({why}){f', accumulated {times} times' if times > 1 else ''}")
     return found
 
 
@@ -98,7 +98,7 @@ def trial_pass(
     reserved: int,
     timestep_dtype: torch.dtype = torch.int64,
 ) -> None:
-    """Forward and backward of `size` samples beside `reserved` bytes, and nothing is left of it.
+    """`one_pass` beside `reserved` bytes, and nothing is left of it.
 
     Raises torch.OutOfMemoryError. The denoiser's gradients are dropped.
     """
@@ -106,14 +106,7 @@ def trial_pass(
     beside = torch.empty(reserved, dtype=torch.uint8, device=device)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            x = torch.zeros(size, *latent_shape, device=device)
-            t = torch.zeros(size, dtype=timestep_dtype, device=device)
-            label = torch.zeros(size, dtype=torch.int64, device=device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-                output = denoiser(x, t, label if labels else None)
-            output.float().square().mean().backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            one_pass(denoiser, size, latent_shape, labels=labels, precision=precision, timestep_dtype=timestep_dtype)
     finally:
         del beside
         denoiser.zero_grad(set_to_none=True)
@@ -121,9 +114,35 @@ def trial_pass(
             torch.cuda.empty_cache()
 
 
-def node_memory() -> int:
-    """Bytes that this node's processes may use from now on: what is available, and at most the cgroup's limit."""
-    return min([psutil.virtual_memory().available, *_cgroup_limits()])
+def one_pass(
+    denoiser: nn.Module,
+    size: int,
+    latent_shape: tuple[int, int, int],
+    *,
+    labels: bool,
+    precision: str,
+    timestep_dtype: torch.dtype = torch.int64,
+) -> None:
+    """Forward and backward of `size` samples, all of them 0, until the device is done. Adds to the gradients."""
+    device = next(denoiser.parameters()).device
+    x = torch.zeros(size, *latent_shape, device=device)
+    t = torch.zeros(size, dtype=timestep_dtype, device=device)
+    label = torch.zeros(size, dtype=torch.int64, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        output = denoiser(x, t, label if labels else None)
+    output.float().square().mean().backward()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def kind_of_pass(config: TrainConfig, dataset: LatentDataset) -> dict[str, Any]:
+    """What `one_pass` takes beside a denoiser and a size."""
+    return {
+        "latent_shape": dataset.latent_shape,
+        "labels": bool(dataset.num_classes),
+        "precision": config.precision,
+        "timestep_dtype": torch.float32 if config.diffusion.is_flow else torch.int64,
+    }
 
 
 def _saved(checkpoint: str | None, world: int) -> int | None:
@@ -152,11 +171,8 @@ def _tried(config: TrainConfig, model: nn.Module, dataset: LatentDataset, share:
     trial = functools.partial(
         trial_pass,
         model,
-        latent_shape=dataset.latent_shape,
-        labels=bool(dataset.num_classes),
-        precision=config.precision,
         reserved=max(0, state - 2 * sum(p.nbytes for p in model.parameters())),
-        timestep_dtype=torch.float32 if config.diffusion.is_flow else torch.int64,
+        **kind_of_pass(config, dataset),
     )
     return largest_that_fits(share, trial)
 
@@ -164,7 +180,7 @@ def _tried(config: TrainConfig, model: nn.Module, dataset: LatentDataset, share:
 def _by_estimate(config: TrainConfig, dataset: LatentDataset) -> tuple[int, str]:
     """On the CPU, where what does not fit is not refused but killed. (size, why)"""
     hosts = zero.all_gather(platform.node())
-    budget = int(_SHARE_OF_MEMORY * node_memory()) // hosts.count(platform.node())
+    budget = int(_SHARE_OF_MEMORY * cluster.node_memory()) // hosts.count(platform.node())
     share = config.global_batch_size // len(hosts)
     costs = zero.all_gather(_costs(config, dataset) if torch.distributed.get_rank() == 0 else None)[0]
     if isinstance(costs, str):
@@ -186,7 +202,8 @@ def _costs(config: TrainConfig, dataset: LatentDataset) -> Cost | str:
 
 def _memory(config: TrainConfig, costs: Cost, size: int) -> Memory:
     world = torch.distributed.get_world_size()
-    return memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage)
+    on_gpu = worker_device().type == "cuda"
+    return memory_of_run(config, costs, world=world, micro_batch=size, stage=config.zero_stage, on_gpu=on_gpu)
 
 
 def _without_activations(denoiser: nn.Module) -> Cost:
@@ -205,22 +222,3 @@ def _nothing_fits(needed: int) -> RequestError:
         f"micro_batch_size=auto: not even one sample fits beside weights, gradients and optimizer "
         f"({storage.readable(needed)}); give activation_checkpointing=true, more workers or a higher zero_stage"
     )
-
-
-def _cgroup_limits() -> list[int]:
-    """Of this process's cgroup and those above it, versions 1 and 2."""
-    limits = []
-    for line in Path("/proc/self/cgroup").read_text().splitlines() if Path("/proc/self/cgroup").exists() else []:
-        _, controllers, path = line.split(":", 2)
-        if "memory" in controllers.split(","):
-            root, name = Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes"
-        elif not controllers:
-            root, name = Path("/sys/fs/cgroup"), "memory.max"
-        else:
-            continue
-        # Inside a container the path may be that of the host: then the root of the mount is the container's own.
-        inside = root / path.strip("/")
-        for folder in (inside, *(parent for parent in inside.parents if parent.is_relative_to(root))):
-            if (folder / name).is_file() and (text := (folder / name).read_text().strip()) != "max":
-                limits.append(int(text))
-    return limits

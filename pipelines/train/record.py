@@ -7,8 +7,8 @@ from typing import Any
 from ldm import storage
 from ldm.config import RequestError, differences, validate
 from ldm.latents.choice import ids_hash, read_ids
-from pipelines.progress import say
 from pipelines.train.config import TrainConfig, trajectory
+from pipelines.train.tell import tell
 
 RUN_FILE = "run.json"
 VALIDATION_FILE = "validation.json"
@@ -69,19 +69,52 @@ def write_note(url: str, value: Any) -> None:
     try:
         storage.write_json(url, value)
     except OSError as error:
-        say(f"train: {url} cannot be written ({' '.join(str(error).split())[:200]})")
+        tell(f"{url} cannot be written ({' '.join(str(error).split())[:200]})")
 
 
-def note_validation(output: str, step: int, loss: float) -> None:
+@dataclass(frozen=True)
+class Validated:
+    """A loss of the average, None where it was not finite, and on which samples: losses of others do not compare."""
+
+    loss: float | None
+    samples: str
+
+
+def note_validation(output: str, step: int, loss: float, samples: str) -> None:
     """Adds to `OUTPUT/validation.json`, which says what snapshots are worth."""
-    losses = validation_losses(output)
-    write_note(storage.join(output, VALIDATION_FILE), {**losses, str(step): loss if math.isfinite(loss) else None})
+    found = Validated(loss if math.isfinite(loss) else None, samples)
+    _write_validations(output, {**validations(output), step: found})
 
 
-def validation_losses(output: str) -> dict[str, float | None]:
-    """Of the average, by optimizer step; None where it was not finite."""
+def forget_validations(output: str, after: int) -> None:
+    """Of a branch that is left: those of later steps."""
+    found = validations(output)
+    if any(step > after for step in found):
+        _write_validations(output, {step: one for step, one in found.items() if step <= after})
+
+
+def validations(output: str) -> dict[int, Validated]:
+    """By optimizer step."""
     url = storage.join(output, VALIDATION_FILE)
-    return storage.read_json(url) if storage.exists(url) else {}
+    values = storage.read_json(url) if storage.exists(url) else {}
+    # A run that is older names no samples.
+    return {int(s): Validated(**v) if isinstance(v, dict) else Validated(v, "") for s, v in values.items()}
+
+
+def best_steps(output: str) -> list[tuple[float, int]]:
+    """(loss, optimizer step) of the validations on the samples of the newest one, best first."""
+    found = validations(output)
+    samples = found[max(found)].samples if found else ""
+    return sorted((one.loss, step) for step, one in found.items() if one.samples == samples and one.loss is not None)
+
+
+def _write_validations(output: str, found: dict[int, Validated]) -> None:
+    write_note(storage.join(output, VALIDATION_FILE), {str(step): asdict(one) for step, one in found.items()})
+
+
+def tracking_url(output: str) -> str:
+    """Where a run keeps what MLflow has not heard yet."""
+    return storage.join(output, "tracking")
 
 
 def exclusions_asked(config: TrainConfig, record: RunRecord | None, batches_read: int) -> dict[int, frozenset[int]]:

@@ -21,6 +21,7 @@ from pipelines.train.checkpoint import (
     together,
 )
 from pipelines.train.ema import Ema
+from pipelines.train.record import forget_validations
 from pipelines.train.sharded_state import ShardedState
 
 _FILE = "resume_from.json"
@@ -85,6 +86,7 @@ def _go_back(output: str, step: int) -> None:
     for newer in committed_steps(output):
         if newer > step:
             remove_checkpoint(output, newer)
+    forget_validations(output, step)
     snapshots = storage.join(output, "snapshots")
     for name in storage.list_dir(snapshots):
         if name > f"step-{step:010d}":  # of the branch that is left

@@ -12,24 +12,25 @@ from pipelines import cluster, lineage
 from pipelines.outbox import kept_files
 from pipelines.progress import say
 from pipelines.tracking import Tracker
-from pipelines.train.build import engine_settings, open_latents
+from pipelines.train.build import engine_settings, open_holdout, open_latents
 from pipelines.train.checkpoint import newest_checkpoint, read_progress
 from pipelines.train.config import TrainConfig, check_unused, trajectory
-from pipelines.train.estimate import meta_denoiser
-from pipelines.train.loop import snapshot_url, tracking_url
+from pipelines.train.memory import meta_denoiser
 from pipelines.train.record import (
     RunRecord,
+    best_steps,
     exclusions_asked,
     read_record,
-    validation_losses,
+    tracking_url,
     write_exclusions,
     write_record,
 )
 from pipelines.train.resume import ask_to_go_back, choose_checkpoint
 from pipelines.train.schedule import check_schedule
+from pipelines.train.snapshots import is_there, snapshot_url
 from pipelines.train.space import check_space
 from pipelines.train.validation import check_validation
-from pipelines.train.workers import possible_worlds, run_workers
+from pipelines.train.workers import check_cluster, possible_worlds, run_workers
 
 
 @dataclass(frozen=True)
@@ -81,10 +82,11 @@ def plan(config: TrainConfig) -> TrainPlan:
     exclusions = exclusions_asked(config, record, batches_read)
     dataset = open_latents(config, record.generations if record else None, exclusions)
     world = possible_worlds(config)[0]
+    check_cluster(config)
     check_schedule(config)
     check_validation(config, dataset)
     if config.holdout > 0 and config.validation.images > 0:
-        open_latents(config, record.generations if record else None, exclusions, split="holdout")
+        open_holdout(config, record.generations if record else None, exclusions)
     engine_settings(config, 1, world)
     if record is None:
         check_unused(config.diffusion)
@@ -153,12 +155,10 @@ def train(config: TrainConfig) -> TrainReport:
 
 
 def _name_the_best(config: TrainConfig, tracker: Tracker) -> None:
-    """Of the snapshots that were validated and are there, the one with the smallest loss."""
-    losses = sorted((loss, int(step)) for step, loss in validation_losses(config.output).items() if loss is not None)
-    for loss, step in losses:
-        url = snapshot_url(config.output, step)
-        if storage.exists(storage.join(url, "snapshot.json")):
-            tracker.best_model(read_snapshot(url), "val/loss", loss)
+    """Of the snapshots that are there and were validated as the last one was, the one with the smallest loss."""
+    for loss, step in best_steps(config.output):
+        if is_there(config.output, step):
+            tracker.best_model(read_snapshot(snapshot_url(config.output, step)), "val/loss", loss)
             return
 
 
@@ -193,11 +193,10 @@ def _finished(config: TrainConfig, todo: TrainPlan) -> TrainReport | None:
     if todo.checkpoint is None or todo.record is None:
         return None
     progress = read_progress(todo.checkpoint)
-    snapshot = snapshot_url(config.output, progress["step"])
-    if progress["step"] < config.max_steps or not storage.exists(storage.join(snapshot, "snapshot.json")):
+    if progress["step"] < config.max_steps or not is_there(config.output, progress["step"]):
         return None
     return TrainReport(
-        snapshot=snapshot,
+        snapshot=snapshot_url(config.output, progress["step"]),
         checkpoint=storage.absolute(todo.checkpoint),
         images_per_second=0.0,
         run_id=todo.record.run_id,

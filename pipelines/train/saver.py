@@ -19,11 +19,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ldm.config import RequestError
-from pipelines.progress import say
 from pipelines.train.checkpoint import Part, prune, save_checkpoint, sweep_unfinished, together
 from pipelines.train.checkpoint_files import CheckpointError
 from pipelines.train.ema import Ema
 from pipelines.train.sharded_state import ShardedState
+from pipelines.train.tell import tell
 
 FAILURES = 3
 """That many failed saves in a row end the training."""
@@ -131,7 +131,7 @@ class Saver:
         except (CheckpointError, RequestError) as error:
             save.failure = error
             if part.rank == 0:
-                say(f"train: the save of step {progress['step']:,} failed: {error}")
+                tell(f"the save of step {progress['step']:,} failed: {error}")
 
     def _all_gather(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * dist.get_world_size(self._group)

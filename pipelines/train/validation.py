@@ -4,6 +4,7 @@ Nothing is gathered but pictures: the average takes the masters' place for a whi
 """
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -57,6 +58,17 @@ class Validation:
     def measures(self) -> bool:
         return self.holdout is not None and self.config.validation.images > 0
 
+    @functools.cached_property
+    def samples(self) -> str:
+        """Names those that are measured: how many, and of which."""
+        assert self.holdout is not None
+        return f"{self._count} of {self.holdout.chosen['hash']}"
+
+    @property
+    def _count(self) -> int:
+        assert self.holdout is not None
+        return min(self.config.validation.images, self.holdout.num_samples)
+
     @property
     def _draws(self) -> bool:
         return self.config.validation.grid > 0
@@ -65,7 +77,7 @@ class Validation:
         """Of the first samples of the holdout in its order, which no world changes."""
         assert self.holdout is not None
         times, batch_size = self.objective.validation_times(), self.config.global_batch_size
-        count = min(self.config.validation.images, self.holdout.num_samples)
+        count = self._count
         sums = torch.zeros(len(times), dtype=torch.float64, device=self.engine.device)
         slots = torch.from_numpy(self.holdout.slots(self.rank, self.world))
         for step in range(-(-count // batch_size)):

@@ -12,6 +12,7 @@ from ldm.config import RequestError
 from pipelines import cluster
 from pipelines.progress import say
 from pipelines.train.board import Board, watch
+from pipelines.train.build import check_compiler
 from pipelines.train.config import TrainConfig
 from pipelines.train.record import RunRecord
 
@@ -34,11 +35,25 @@ def possible_worlds(config: TrainConfig) -> list[int]:
         )
     worlds = [world for world in divide if micro == "auto" or batch // world % micro == 0]
     if not worlds:
-        shares = " or ".join(str(batch // world) for world in divide)
+        shares = [batch // world for world in divide]
+        assert micro != "auto"
+        right = max(d for d in range(1, min(micro, batch) + 1) if any(share % d == 0 for share in shares))
         raise RequestError(
-            f"micro_batch_size={micro}: does not divide a worker's share of {shares} (global_batch_size / num_workers)"
+            f"micro_batch_size={micro}: does not divide a worker's share of {' or '.join(map(str, shares))} "
+            f"(global_batch_size / num_workers); give {right}"
         )
     return worlds
+
+
+def check_cluster(config: TrainConfig) -> None:
+    """Raises RequestError for what the cluster does not have, where that is known before the run."""
+    nodes = cluster.known_nodes()
+    if nodes is None:
+        return
+    device = cluster.choose_device(config.device, nodes)
+    cluster.check_room(possible_worlds(config)[0], device, nodes)
+    if len(nodes) == 1:  # this machine
+        check_compiler(config, device)
 
 
 def run_workers(
@@ -55,10 +70,9 @@ def run_workers(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    device = cluster.resolve_device(config.device)
-    worlds = possible_worlds(config)
-    if cluster.place_workers(worlds, device, list(cluster.live_nodes().values())) is None:
-        cluster.resources_per_worker(worlds[0], device)  # says what is missing
+    worlds, nodes = possible_worlds(config), list(cluster.live_nodes().values())
+    device = cluster.choose_device(config.device, nodes)
+    cluster.check_room(worlds[0], device, nodes)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(Board).options(num_cpus=0, scheduling_strategy=here).remote()
     job = {

@@ -22,8 +22,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
 
 
-def interrupt_when(command: list[str], ready: Callable[[], bool], place: Path) -> tuple[int, str, list[psutil.Process]]:
-    """Starts `ldm COMMAND` in a process group of its own, presses Ctrl-C for the whole group once `ready`.
+def interrupt_when(
+    command: list[str], ready: Callable[[], bool], place: Path, again_after: str = ""
+) -> tuple[int, str, list[psutil.Process]]:
+    """Starts `ldm COMMAND` in a process group of its own, presses Ctrl-C for the whole group once `ready`, and where
+    it then is to say `again_after` once more.
 
     Returns (exit code, stderr, the processes of the family that still live 5 s after it).
     """
@@ -36,14 +39,13 @@ def interrupt_when(command: list[str], ready: Callable[[], bool], place: Path) -
             preexec_fn=_listen_to_ctrl_c,
         )  # fmt: skip
     try:
-        deadline = time.monotonic() + 200
-        while not ready():
-            assert process.poll() is None, f"ended by itself: {log.read_text()}"
-            assert time.monotonic() < deadline, f"was never ready: {log.read_text()}"
-            time.sleep(0.1)
+        _until(ready, process, log)
         family = psutil.Process(process.pid).children(recursive=True)
         assert any("raylet" in p.name() for p in family)
         os.killpg(process.pid, signal.SIGINT)
+        if again_after:
+            _until(lambda: again_after in log.read_text(), process, log)
+            os.killpg(process.pid, signal.SIGINT)
         code = process.wait(timeout=60)
         _, alive = psutil.wait_procs(family, timeout=5)
         return code, log.read_text(), alive
@@ -52,20 +54,33 @@ def interrupt_when(command: list[str], ready: Callable[[], bool], place: Path) -
             process.kill()
 
 
+def _until(ready: Callable[[], bool], process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 200
+    while not ready():
+        assert process.poll() is None, f"ended by itself: {log.read_text()}"
+        assert time.monotonic() < deadline, f"was never ready: {log.read_text()}"
+        time.sleep(0.1)
+
+
 def _listen_to_ctrl_c() -> None:
     """A shell that starts the tests in the background has told them to ignore it, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def training(place: Path, *model: str) -> list[str]:
+    """A command that goes on for ever, and takes no checkpoint by itself."""
+    autoencoder = Autoencoder(kl_model())
+    latent_dataset(str(place / "latents"), autoencoder)
+    autoencoder.save(str(place / "latents" / "autoencoder"))
+    settings = "global_batch_size=8 num_workers=1 checkpoint_every=1000000 tracking.enabled=false device=cpu"
+    return ["train", "latents=latents", "output=run", *settings.split(), *model, "max_steps=1000000"]
+
+
 def test_training(tmp_path: Path) -> None:
     """SIGTERM to a worker is answered by a checkpoint, Ctrl-C by one more and the end."""
-    latents, run = tmp_path / "latents", str(tmp_path / "run")
-    autoencoder = Autoencoder(kl_model())
-    latent_dataset(str(latents), autoencoder)
-    autoencoder.save(str(latents / "autoencoder"))
-    settings = "global_batch_size=8 num_workers=1 checkpoint_every=1000000 tracking.enabled=false device=cpu"
+    run = str(tmp_path / "run")
     model = "denoiser.hidden_size=16 denoiser.depth=1 denoiser.num_heads=2 denoiser.patch_size=1"
-    command = ["train", "latents=latents", "output=run", *settings.split(), *model.split(), "max_steps=1000000"]
+    command = training(tmp_path, *model.split())
     told: list[int] = []
     noticed: list[int] = []
 
@@ -89,6 +104,24 @@ def test_training(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     again = subprocess.run(dry_run, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert again.returncode == 0 and f"from {newest_checkpoint('run') or 'run/checkpoints/step-'}" in again.stdout
+
+
+def test_training_that_cannot_take_a_checkpoint_ends_at_once_by_a_second_ctrl_c(tmp_path: Path) -> None:
+    """Its step never comes to an end, so that the checkpoint which the first one asks for never comes."""
+    halt = tmp_path / "halt"
+    command = training(tmp_path, "denoiser.type=tests.pipelines.failing:Halting", f"denoiser.options.halt={halt}")
+
+    def ready() -> bool:
+        if "first step after" not in (tmp_path / "stderr.txt").read_text():
+            return False
+        halt.touch()
+        return True
+
+    code, said, alive = interrupt_when(command, ready, tmp_path, again_after="once more stops it at once")
+    assert code == 130, said
+    assert alive == []
+    assert committed_steps(str(tmp_path / "run")) == [] and "stopped at step" not in said
+    assert "interrupted: what was committed stays usable" in said and "Traceback" not in said
 
 
 def _line(process: psutil.Process) -> str:

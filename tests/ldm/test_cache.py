@@ -1,228 +1,19 @@
-"""The cache of remote files: fetched once for a node, verified, capped; right whatever is killed, full or broken."""
+"""The cache of remote files: verified and capped, on a disk that is full or damaged, from a store that fails."""
 
-import contextlib
 import errno
 import hashlib
 import mmap
-import multiprocessing
 import os
-import random
 import re
 import subprocess
-import threading
 import time
-import uuid
-from collections.abc import Callable
-from pathlib import Path
 
-import boto3
 import pytest
 
-from ldm import storage
 from ldm.config import DamagedError, RequestError
 from ldm.latents import cache as module
 from ldm.latents.cache import Cache, RemoteFile, local_copy
-
-SIZE = 60_000
-SPAWN = multiprocessing.get_context("spawn")
-
-
-@pytest.fixture
-def chaos(chaos_s3, monkeypatch):
-    """The proxy; no repetition but by storage, after short pauses; parts of a third of a file."""
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    monkeypatch.setattr("ldm.storage.transport.FIRST_PAUSE", 0.01)
-    monkeypatch.setattr("ldm.storage.files.PART", 20_000)
-    return chaos_s3
-
-
-@pytest.fixture
-def put(s3) -> Callable[[int], list[RemoteFile]]:
-    """A function that writes objects of SIZE random bytes."""
-    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
-
-    def write(count: int) -> list[RemoteFile]:
-        files = []
-        for _ in range(count):
-            key, body = f"{uuid.uuid4().hex}.tar", os.urandom(SIZE)
-            client.put_object(Bucket="bucket", Key=key, Body=body)
-            files.append(RemoteFile(f"{s3}/{key}", hashlib.sha256(body).hexdigest(), len(body)))
-        return files
-
-    return write
-
-
-@pytest.fixture
-def overwrite(s3) -> Callable[[RemoteFile, bytes | None], None]:
-    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
-
-    def write(file: RemoteFile, data: bytes | None) -> None:
-        key = storage.name(file.url)
-        if data is None:
-            client.delete_object(Bucket="bucket", Key=key)
-        else:
-            client.put_object(Bucket="bucket", Key=key, Body=data)
-
-    return write
-
-
-def is_right(path: Path, file: RemoteFile) -> bool:
-    return hashlib.sha256(path.read_bytes()).hexdigest() == file.sha256
-
-
-def held(folder: Path, files: list[RemoteFile]) -> list[int]:
-    """The numbers of the files that are in the cache."""
-    names = {path.name for path in folder.glob("??/*")}
-    return [number for number, file in enumerate(files) if f"{file.sha256}.tar" in names]
-
-
-def parts(folder: Path) -> list[Path]:
-    return list((folder / "parts").glob("*"))
-
-
-def parts_with_room(folder: Path) -> list[Path]:
-    found = []
-    for part in parts(folder):
-        with contextlib.suppress(FileNotFoundError):  # it has just become a whole file
-            found += [part] if part.stat().st_size else []
-    return found
-
-
-def until(true: Callable[[], object], seconds: float = 30) -> None:
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, "it never came about"
-        time.sleep(0.01)
-
-
-# --- several processes
-
-
-def get_all(cache: Cache, files: list[RemoteFile], barrier, answers) -> None:
-    storage.exists(files[0].url)  # what a process does once takes as long as the rest
-    barrier.wait()
-    cache.prefetch(files)
-    answers.put([is_right(cache.get(file), file) for file in files])
-
-
-def test_of_four_processes_one_fetches_each_file(chaos, put, tmp_path):
-    """A used cache travels to them: only its settings are pickled."""
-    folder, files = tmp_path / "cache", put(9)
-    cache = Cache(folder=folder)
-    cache.prefetch(files[8:])
-    cache.get(files[8])
-    barrier, answers = SPAWN.Barrier(5), SPAWN.Queue()
-    processes = [SPAWN.Process(target=get_all, args=(cache, files[:8], barrier, answers)) for _ in range(4)]
-    for process in processes:
-        process.start()
-    until(lambda: barrier.n_waiting == 4)
-    chaos.calm()
-    barrier.wait()
-    assert [answers.get(timeout=60) for _ in processes] == [[True] * 8] * 4
-    for process in processes:
-        process.join()
-    assert chaos.counts["bytes_out"] == 8 * SIZE and chaos.counts["HEAD"] == 0
-    assert held(folder, files) == list(range(9)) and not parts(folder)
-
-
-def get_in_parts(folder: Path, file: RemoteFile) -> None:
-    storage.files.PART = 20_000
-    Cache(folder=folder).get(file)
-
-
-def test_a_process_that_is_killed_over_a_download(chaos, put, tmp_path):
-    """One who waits for it goes on by itself; what another dead one has left is swept."""
-    folder, (file, other, third) = tmp_path, put(3)
-
-    def killed_at_work(file: RemoteFile, meanwhile: Callable[[], None] = lambda: None) -> None:
-        chaos.rage(1.0, kinds=("slow",), delay=30, only=lambda method, path: chaos.counts["GET"] > 1)
-        process = SPAWN.Process(target=get_in_parts, args=(folder, file))
-        process.start()
-        until(lambda: chaos.counts["slow"] and chaos.counts["bytes_out"])  # one part is there
-        meanwhile()
-        process.kill()
-        process.join()
-        chaos.calm()
-
-    paths: list[Path] = []
-    waiting = threading.Thread(target=lambda: paths.append(Cache(folder=folder).get(file)))
-
-    def wait() -> None:
-        waiting.start()
-        time.sleep(0.3)
-        assert waiting.is_alive()
-
-    killed_at_work(file, wait)
-    waiting.join(30)
-    assert is_right(paths[0], file) and not parts(folder)
-    killed_at_work(other)
-    assert [part.stat().st_size for part in parts(folder)] == [SIZE] and not is_right(parts(folder)[0], other)
-    cache = Cache(folder=folder)
-    assert is_right(cache.get(third), third) and not parts(folder)
-    assert is_right(cache.get(other), other)
-    assert held(folder, [file, other, third]) == [0, 1, 2]
-
-
-def serve(folder: Path, max_bytes: int, questions) -> None:
-    cache = Cache(max_bytes, folder)
-    while (file := questions.recv()) is not None:
-        questions.send(is_right(cache.get(file), file))
-
-
-def test_the_least_recently_used_gives_way_whoever_used_it(put, tmp_path):
-    files = put(6)
-    pipes = []
-    for _ in range(2):
-        here, there = SPAWN.Pipe()
-        SPAWN.Process(target=serve, args=(tmp_path, 3 * SIZE, there), daemon=True).start()
-        pipes.append(here)
-    draw, used = random.Random(0), []
-    for turn in range(60):
-        number = draw.randrange(6)
-        pipes[turn % 2].send(files[number])
-        assert pipes[turn % 2].recv()
-        used = [*(n for n in used if n != number), number]
-        assert held(tmp_path, files) == sorted(used[-3:])
-    for pipe in pipes:
-        pipe.send(None)
-
-
-def use_at_random(folder: Path, max_bytes: int, files: list[RemoteFile], seed: int, answers) -> None:
-    cache, draw, right = Cache(max_bytes, folder), random.Random(seed), 0
-    for _ in range(60):
-        ahead = draw.sample(files, 4)
-        cache.prefetch(ahead)
-        for file in ahead[:2]:
-            while True:
-                try:
-                    right += is_right(cache.get(file), file)
-                    break
-                except FileNotFoundError as error:
-                    assert str(folder) in str(error)  # it gave way before it was opened
-    cache.close()
-    answers.put(right)
-
-
-def test_several_processes_with_caps_of_their_own(put, tmp_path):
-    """The bytes on the disk stay below the largest cap, but for what the three need at once."""
-    files, answers = put(12), SPAWN.Queue()
-    caps = [3 * SIZE, 4 * SIZE, 5 * SIZE]
-    processes = [
-        SPAWN.Process(target=use_at_random, args=(tmp_path, cap, files, seed, answers)) for seed, cap in enumerate(caps)
-    ]
-    for process in processes:
-        process.start()
-    taken = []
-    while any(process.is_alive() for process in processes):
-        whole = len(held(tmp_path, files))  # first, so that nothing counts twice
-        taken.append(whole + len(parts_with_room(tmp_path)))
-        time.sleep(0.002)
-    assert [answers.get(timeout=1) for _ in processes] == [120] * 3
-    assert max(taken) <= 5 + 3 and len(taken) > 100
-    assert Cache(5 * SIZE, tmp_path).get(files[0]) and len(held(tmp_path, files)) <= 5 and not parts(tmp_path)
-
-
-# --- what is on the disk
+from tests.ldm.caching import SIZE, held, is_right, parts, until
 
 
 def test_a_mapped_file_outlives_its_eviction(put, tmp_path):
@@ -349,9 +140,6 @@ def test_a_hash_that_is_a_path(put, tmp_path):
     assert (tmp_path / "mine").read_bytes() == b"precious"
 
 
-# --- what comes from the store
-
-
 def test_a_damaged_object_is_refused(chaos, put, overwrite, tmp_path):
     flipped, cut, longer, gone, good = put(5)
     overwrite(flipped, b"x" * SIZE)
@@ -395,82 +183,6 @@ def test_an_outage_is_an_error_of_one_line(chaos, put, tmp_path, monkeypatch):
             cache.get(file)
     chaos.calm()
     assert is_right(cache.get(file), file)
-
-
-# --- fetching ahead
-
-
-@pytest.fixture
-def asked(chaos, monkeypatch) -> list[str]:
-    """The names of the objects in the order in which they were asked for, one at a time; each comes after 50 ms."""
-    names: list[str] = []
-
-    def note(method: str, path: str) -> bool:
-        if method == "GET":
-            names.append(storage.name(path).partition("?")[0])
-        return method == "GET"
-
-    monkeypatch.setattr(module, "_THREADS", 1)
-    monkeypatch.setattr("ldm.storage.files.PART", SIZE)
-    chaos.rage(1.0, kinds=("slow",), delay=0.05, only=note)
-    return names
-
-
-def names(files: list[RemoteFile]) -> list[str]:
-    return [storage.name(file.url) for file in files]
-
-
-def test_files_are_fetched_in_the_order_of_use(asked, put, tmp_path):
-    files, cache = put(6), Cache(folder=tmp_path)
-    began = time.monotonic()
-    cache.prefetch(files)
-    assert time.monotonic() - began < 0.05
-    until(lambda: len(held(tmp_path, files)) == 6)
-    assert asked == names(files)
-    cache.prefetch(files)
-    until(lambda: cache._workers == 0)
-    assert len(asked) == 6
-
-
-def test_a_new_list_replaces_what_waits(asked, put, tmp_path):
-    files, cache = put(12), Cache(folder=tmp_path)
-    cache.prefetch(files[:6])
-    until(lambda: asked)
-    cache.prefetch([files[0], *files[9:6:-1]])
-    until(lambda: cache._workers == 0)
-    assert asked == names([files[0], *files[9:6:-1]])
-    cache.prefetch(files[10:])
-    until(lambda: len(asked) == 5)
-    cache.close()
-    until(lambda: cache._workers == 0)
-    assert asked[4:] == names(files[10:11]) and not parts(tmp_path)
-
-
-def test_what_is_needed_now_does_not_queue(asked, put, tmp_path):
-    files, cache = put(20), Cache(folder=tmp_path)
-    cache.prefetch(files)
-    assert is_right(cache.get(files[19]), files[19])
-    assert len(asked) < 8
-    cache.close()
-
-
-def test_no_more_is_fetched_ahead_than_fits(asked, put, tmp_path):
-    files, cache = put(8), Cache(4 * SIZE, tmp_path)
-    for number in (0, 4, 5, 6):
-        cache.get(files[number])
-    cache.prefetch([files[1], files[2], files[3], files[0], files[7]])
-    until(lambda: cache._workers == 0)
-    assert held(tmp_path, files) == [0, 1, 2, 3] and asked[4:] == names(files[1:4])
-
-
-def test_an_error_of_a_prefetch_is_met_by_get(asked, put, overwrite, tmp_path):
-    (missing, good), cache = put(2), Cache(folder=tmp_path)
-    overwrite(missing, None)
-    cache.prefetch([missing, good])
-    until(lambda: held(tmp_path, [good]))
-    with pytest.raises(FileNotFoundError, match=missing.url):
-        cache.get(missing)
-    assert asked[:1] == names([missing]) and asked[-1:] == names([missing])
 
 
 def test_a_copy_for_one_who_does_not_know_its_size(put, tmp_path, monkeypatch):

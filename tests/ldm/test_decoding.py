@@ -19,7 +19,7 @@ import pytest
 from ldm import decoding
 from ldm.decoding import DecoderPool
 from ldm.images import BadPicture, Buckets, PictureRules, TooSmall, views
-from tests.ldm.test_images import png_file, png_header
+from tests.ldm.picturing import png_file, png_header
 from tests.pictures import encoded, picture
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,22 +1,25 @@
-"""What the tests of this folder share: image shards, a random autoencoder, a browser before the page."""
+"""What tests of this folder share: image shards, an autoencoder, latents, a run on them; a browser before the page."""
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ldm.autoencoder import Autoencoder
 from ldm.engine import StepEngine
 from ldm.latents.manifest import Conditioning
 from ldm.shards import RawSample
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.local import local_app
 from pipelines.serve.replica import Replica
-from tests.pictures import image_shard, kl_model, samples
+from pipelines.train import train
+from tests.pictures import image_shard, kl_model, latent_dataset, samples
 from tests.pipelines.browsing import Turnstile, Visit, serving
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
+from tests.pipelines.training import Run, config, tracked
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ANIMALS = tuple(f"{kind} {name}" for kind in ("red", "grey", "tiny") for name in ("fox", "owl", "hare", "seal", "tern"))
@@ -42,6 +45,25 @@ def source(tmp_path_factory):
     image_shard(folder / "train-00001.tar", bad)
     image_shard(folder / "train-00002.tar", samples(20, start=40))
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory) -> str:
+    """A latent dataset to train on, that no test changes: 45 random moments (8, 2, 2) of 3 classes."""
+    folder = tmp_path_factory.mktemp("latents")
+    autoencoder = Autoencoder(kl_model())
+    latent_dataset(str(folder), autoencoder, counts=(20, 18, 7))
+    autoencoder.save(str(folder / "autoencoder"))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(latents: str, ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of 8 steps that nothing disturbed, and that no test changes."""
+    place = tmp_path_factory.mktemp("runs")
+    uri = f"sqlite:///{place}/mlflow.db"
+    report = train(config(latents, place / "run", tracking=tracked(uri)))
+    return Run(place / "run", uri, report)
 
 
 @pytest.fixture(scope="session")

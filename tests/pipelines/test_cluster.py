@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.cluster import cpu_share
+from ldm.config import RequestError
+from pipelines.cluster import check_room, cpu_share, node_memory
+from pipelines.progress import counted
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,31 @@ def test_every_worker_has_a_place(nodes: list[int], num_workers: int, share: flo
     assert cpu_share(nodes, num_workers) == share
     places = sum(int(cpus / share + 1e-9) for cpus in nodes)
     assert places >= num_workers
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "device", "nodes", "message"),
+    [
+        (2, "cuda", [{"CPU": 8, "GPU": 1}], "num_workers=2: the cluster has 1 GPU; give 1, or device=cpu"),
+        (9, "cuda", [{"CPU": 8, "GPU": 4}] * 2, "num_workers=9: the cluster has 8 GPUs; give at most 8, or device=cpu"),
+        (1, "cpu", [{"CPU": 0}, {}], "num_workers=1: the cluster has no CPU for a worker; add a node"),
+    ],
+)
+def test_what_a_cluster_cannot_hold_is_refused(
+    num_workers: int, device: str, nodes: list[dict[str, float]], message: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        check_room(num_workers, device, nodes)
+    assert str(caught.value) == message
+    check_room(max(1, num_workers - 1), device, [*nodes, {"CPU": 1}])
+
+
+def test_the_memory_of_this_node_is_known() -> None:
+    assert 10**8 < node_memory() < 10**14
+
+
+def test_one_worker_is_no_workers() -> None:
+    assert [counted(number, "worker") for number in (0, 1, 2000)] == ["0 workers", "1 worker", "2,000 workers"]
 
 
 def test_the_address_of_a_dashboard_is_not_that_of_a_cluster() -> None:

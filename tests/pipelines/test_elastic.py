@@ -1,6 +1,7 @@
 """A run on nodes that go and come back, and how its ranks learn what is wanted of them."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -90,9 +91,7 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(tmp_path: Path) -> None:
     from mlflow import MlflowClient
     from ray.cluster_utils import Cluster
 
-    autoencoder = Autoencoder(kl_model())
-    latent_dataset(str(tmp_path / "latents"), autoencoder, counts=(20, 18, 7))
-    autoencoder.save(str(tmp_path / "latents" / "autoencoder"))
+    _write_latents(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     second = cluster.add_node(num_cpus=1)
     process = None
@@ -126,6 +125,42 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(tmp_path: Path) -> None:
     weights, others = (read_full(str(newest_checkpoint(str(tmp_path / n))), "master") for n in ("run", "undisturbed"))
     for name, tensor in others.items():
         torch.testing.assert_close(weights[name], tensor, rtol=0, atol=1e-4, msg=name)
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+def test_a_node_that_is_to_be_taken_away_has_a_checkpoint_taken_first(tmp_path: Path) -> None:
+    from ray.cluster_utils import Cluster
+
+    _write_latents(tmp_path)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    second = cluster.add_node(num_cpus=1)
+    process = None
+    try:
+        never = ("checkpoint_every=1000000", "max_steps=1000000")
+        process = _ldm_train(tmp_path, cluster.address, "run", "num_workers=2", *never)
+        run, said = str(tmp_path / "run"), tmp_path / "run.txt"
+        _until(lambda: "first step after" in said.read_text(), process)
+        assert committed_steps(run) == []
+        notice = ["--node-id", second.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        drain = [sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, *notice]
+        subprocess.run([*drain, "--deadline-remaining-seconds", "500"], check=True, capture_output=True)
+        _until(lambda: len(committed_steps(run)) == 1, process)
+        line = rf"train: node {second.node_id[:8]} is to be taken away in (\d+) s: takes a checkpoint\n"
+        (seconds,) = re.findall(line, said.read_text())
+        assert 300 <= int(seconds) <= 500
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=100) == 143
+    finally:
+        if process is not None and process.poll() is None:
+            process.kill()
+        cluster.shutdown()
+
+
+def _write_latents(place: Path) -> None:
+    autoencoder = Autoencoder(kl_model())
+    latent_dataset(str(place / "latents"), autoencoder, counts=(20, 18, 7))
+    autoencoder.save(str(place / "latents" / "autoencoder"))
 
 
 def _ldm_train(place: Path, address: str, output: str, *changes: str) -> subprocess.Popen[bytes]:

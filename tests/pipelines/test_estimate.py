@@ -14,26 +14,34 @@ from ldm.cost import LiveBytes, cost
 from ldm.denoiser import DenoiserConfig, build_denoiser
 from pipelines.train import zero
 from pipelines.train.ema import Ema, EmaProfile
-from pipelines.train.estimate import memory
+from pipelines.train.memory import memory
 from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import gloo
 
 DENOISER = DenoiserConfig(hidden_size=192, depth=3, num_heads=3)
 SHAPE = (4, 8, 8)
 MICRO_BATCH = 4
-CASES = [(stage, "fp32", steps) for stage in zero.STAGES for steps in (1, 2)] + [(1, "bf16", 2)]
+CASES = [(stage, "fp32", steps, "") for stage in zero.STAGES for steps in (1, 2)] + [(1, "bf16", 2, "")]
+CASES += [(stage, "fp32", steps, "optimizer") for stage in (1, 2, 3) for steps in (1, 2)] + [(3, "fp32", 1, "weights")]
+CPU = {"device": "cpu"}
+OFFLOADED = {
+    "": {},
+    "optimizer": {"zero_optimization": {"offload_optimizer": CPU}},
+    "weights": {"zero_optimization": {"offload_optimizer": CPU, "offload_param": CPU}},
+}
 
 
 def denoiser() -> torch.nn.Module:
     return build_denoiser(DENOISER, in_channels=4, sample_size=SHAPE[1:], num_classes=10)
 
 
-def held(rank: int, world: int) -> dict[tuple[int, str, int], int]:
-    """The most bytes of tensors that a rank holds in its second step, by (stage, precision, micro-batches)."""
+def held(rank: int, world: int) -> dict[tuple[int, str, int, str], int]:
+    """The most bytes of tensors that a rank holds in its second step, by (stage, precision, micro-batches, what is
+    offloaded)."""
     return {case: _held(world, *case) for case in CASES}
 
 
-def _held(world: int, stage: int, precision: str, micro_steps: int) -> int:
+def _held(world: int, stage: int, precision: str, micro_steps: int, offloaded: str) -> int:
     with LiveBytes() as live:
         config = zero.deepspeed_config(
             stage=stage,
@@ -41,6 +49,7 @@ def _held(world: int, stage: int, precision: str, micro_steps: int) -> int:
             global_batch_size=MICRO_BATCH * world * micro_steps,
             micro_batch_size=MICRO_BATCH,
             world=world,
+            options=OFFLOADED[offloaded],
         )
         model = denoiser()
         # As large as the model: a bucket of 50 million elements would hide all else.
@@ -62,18 +71,41 @@ def _held(world: int, stage: int, precision: str, micro_steps: int) -> int:
 
 
 @pytest.fixture(scope="module")
-def ranks() -> list[dict[tuple[int, str, int], int]]:
+def ranks() -> list[dict[tuple[int, str, int, str], int]]:
     return gloo.run(held, 2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "precision", "micro_steps"), CASES)
-def test_memory_is_what_deepspeed_holds(ranks, stage, precision, micro_steps):
+@pytest.mark.parametrize(("stage", "precision", "micro_steps", "offloaded"), CASES)
+def test_memory_is_what_deepspeed_holds(ranks, stage, precision, micro_steps, offloaded):
     with torch.device("meta"):
         costs = cost(denoiser(), SHAPE, precision, has_labels=True)
-    estimate = memory(costs, stage=stage, world=2, micro_batch=MICRO_BATCH, accumulates=micro_steps > 1, averages=2)
+    options = zero.deepspeed_config(
+        stage=stage,
+        precision=precision,
+        global_batch_size=2,
+        micro_batch_size=1,
+        world=2,
+        options=OFFLOADED[offloaded],
+    )["zero_optimization"]
+    on_cpu, on_gpu = (
+        memory(
+            costs,
+            stage=stage,
+            world=2,
+            micro_batch=MICRO_BATCH,
+            accumulates=micro_steps > 1,
+            averages=2,
+            options=options,
+            on_gpu=on_gpu,
+        )
+        for on_gpu in (False, True)
+    )
     for rank in ranks:
-        assert rank[stage, precision, micro_steps] == pytest.approx(estimate.total, rel=0.15), estimate
+        assert rank[stage, precision, micro_steps, offloaded] == pytest.approx(on_cpu.total, rel=0.15), on_cpu
+    assert on_gpu.total + on_gpu.host == on_cpu.total + on_cpu.host, "the same bytes, in two places"
+    state = 3 * 2 * costs.trainable_parameters
+    assert (on_cpu.total - on_gpu.total > state) is bool(offloaded), "masters and moments at least are moved"
 
 
 def test_a_dry_run_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,4 +129,7 @@ def test_a_dry_run_says_what_it_takes(tmp_path: Path, capsys: pytest.CaptureFixt
     text = capsys.readouterr().out
     assert "hours: assumed, not measured: 40% of the matmul rate of" in text and "\n  2 *" in text
     assert "micro_batch_size=auto: the memory is for a worker's whole share of 4" in text and "price" not in text
+    header, row = (line.replace("*", "").split() for line in text.splitlines() if line.startswith(("  ZeRO", "  2 *")))
+    shown = dict(zip(header, map(float, row), strict=True))
+    assert shown.keys() >= {"gradients", "activations", "communication", "step", "total"}, "what the total is made of"
     assert sorted(tmp_path.rglob("*")) == before

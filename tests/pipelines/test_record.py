@@ -7,9 +7,12 @@ import pytest
 from pipelines.train import TrainConfig
 from pipelines.train.record import (
     RunRecord,
+    Validated,
+    best_steps,
     exclusions_asked,
+    forget_validations,
     note_validation,
-    validation_losses,
+    validations,
     write_exclusions,
     write_note,
 )
@@ -34,7 +37,23 @@ def test_a_note_that_cannot_be_written_is_said(tmp_path: Path, capsys: pytest.Ca
 
 def test_validation_losses_are_kept_by_step(tmp_path: Path) -> None:
     output = str(tmp_path)
-    assert validation_losses(output) == {}
+    assert validations(output) == {} and best_steps(output) == []
     for step, loss in ((10, 0.5), (20, float("nan")), (10, 0.25)):
-        note_validation(output, step, loss)
-    assert validation_losses(output) == {"10": 0.25, "20": None}
+        note_validation(output, step, loss, "9 of a")
+    assert validations(output) == {10: Validated(0.25, "9 of a"), 20: Validated(None, "9 of a")}
+
+
+def test_the_best_is_sought_among_validations_of_the_same_samples(tmp_path: Path) -> None:
+    output = str(tmp_path)
+    for step, loss, samples in (
+        (10, 0.5, "9 of a"),
+        (20, 0.1, "4 of a"),
+        (30, 0.4, "9 of a"),
+        (40, 0.1, "9 of b"),
+        (50, 0.7, "9 of a"),
+        (60, float("nan"), "9 of a"),
+    ):
+        note_validation(output, step, loss, samples)
+    assert best_steps(output) == [(0.4, 30), (0.5, 10), (0.7, 50)]
+    forget_validations(output, 20)
+    assert best_steps(output) == [(0.1, 20)] and list(validations(output)) == [10, 20]

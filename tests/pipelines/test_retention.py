@@ -1,4 +1,4 @@
-"""Which checkpoints are there, which stay, and what is cleared away of saves that did not finish."""
+"""Which checkpoints and snapshots are there, which stay, and what is cleared away of saves that did not finish."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from pipelines.train.checkpoint import (
     sweep_unfinished,
 )
 from pipelines.train.checkpoint_files import write_marker
+from pipelines.train.record import note_validation
+from pipelines.train.snapshots import prune_snapshots, snapshot_steps, snapshot_url
 
 
 def fake(output: str, step: int, committed: bool = True) -> None:
@@ -68,6 +70,36 @@ def test_what_attempts_that_did_not_finish_left_goes_with_the_next_commit(tmp_pa
     storage.write_bytes(storage.join(checkpoint_url(output, 200), "checkpoint.json"), b"damaged")
     prune(output, keep_last=3)
     assert [held(step) for step in (200, 300, 400)] == [whole] * 3
+    if where == "memory":
+        fsspec.filesystem("memory").rm("/" + tmp_path.name, recursive=True)
+
+
+@pytest.mark.parametrize("where", ["local", "memory"])
+def test_the_newest_snapshots_and_the_best_one_stay(tmp_path, where):
+    output = str(tmp_path) if where == "local" else f"memory://{tmp_path.name}"
+
+    def fake_snapshot(step: int, whole: bool = True) -> None:
+        storage.write_bytes(storage.join(snapshot_url(output, step), "denoiser", "weights"), b"weights")
+        if whole:
+            storage.write_bytes(storage.join(snapshot_url(output, step), "snapshot.json"), b"{}")
+
+    def left() -> list[str]:
+        return [name.lstrip("step-0") for name in storage.list_dir(storage.join(output, "snapshots"))]
+
+    prune_snapshots(output, 1)
+    for step, loss in ((100, 0.3), (200, 0.1), (300, 0.2), (400, 0.4)):
+        fake_snapshot(step)
+        note_validation(output, step, loss, "9 of a")
+    fake_snapshot(250, whole=False)
+    fake_snapshot(500, whole=False)  # may be under way
+    storage.write_bytes(storage.join(output, "snapshots", "mine.txt"), b"somebody's")
+    prune_snapshots(output, None)
+    assert len(left()) == 7
+    prune_snapshots(output, 2)
+    assert snapshot_steps(output) == [200, 300, 400] and left() == ["mine.txt", "200", "300", "400", "500"]
+    note_validation(output, 400, 0.05, "9 of a")
+    prune_snapshots(output, 1)
+    assert snapshot_steps(output) == [400]
     if where == "memory":
         fsspec.filesystem("memory").rm("/" + tmp_path.name, recursive=True)
 

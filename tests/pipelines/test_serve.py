@@ -1,7 +1,7 @@
 """The deployment on Ray Serve: two replicas behind one frontend, which owns every request whoever draws it."""
 
 import io
-import os
+import re
 import signal
 import socket
 import subprocess
@@ -27,6 +27,7 @@ from pipelines import serve
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 ROWS = 8
+LONG = {"num_inference_steps": 1000, "num_images": 4, "background": True}
 SETTINGS = {"num_inference_steps": 3, "eta": 0.5, "guidance_scale": 2.0, "exact": True}
 
 
@@ -53,12 +54,10 @@ def offline(snapshot: str, labels: list[int], seeds: list[int]) -> Any:
     return load_sampler(snapshot, ROWS // 2, "cpu").draw(torch.tensor(labels), torch.tensor(seeds), settings).numpy()
 
 
-def replicas() -> dict[str, int]:
-    """Ids and processes of the replicas of the model that are alive."""
-    import ray.util.state
-
-    actors = ray.util.state.list_actors(filters=[("state", "=", "ALIVE")], limit=1000)
-    return {actor.actor_id: actor.pid for actor in actors if "Sampler" in (actor.name or "")}
+def replicas() -> list[psutil.Process]:
+    """The processes that hold the model."""
+    processes = psutil.Process().children(recursive=True)
+    return [process for process in processes if "ServeReplica:ldm-samplers" in " ".join(process.cmdline())]
 
 
 @pytest.mark.ray
@@ -79,8 +78,7 @@ class TestDeployment:
         assert np.array_equal(np.stack(found), offline(snapshot, [i % 10 for i in range(200)], list(range(7, 207))))
 
     def test_every_id_is_found_and_cancelled_whichever_replica_draws_it(self, client: httpx.Client) -> None:
-        body = {"num_inference_steps": 1000, "num_images": 4, "background": True}
-        ids = [client.post("/v1/samples", json=body).raise_for_status().json()["id"] for _ in range(6)]
+        ids = [client.post("/v1/samples", json=LONG).raise_for_status().json()["id"] for _ in range(6)]
         assert {client.get(f"/v1/samples/{id}").json()["status"] for id in ids} == {"running"}
         assert {client.delete(f"/v1/samples/{id}").json()["status"] for id in ids} == {"cancelled"}
         assert nothing_waits(client)
@@ -93,11 +91,11 @@ class TestDeployment:
             assert nothing_waits(client)
 
     def test_a_replica_that_dies_loses_no_request(self, client: httpx.Client, snapshot: str) -> None:
-        body = {**SETTINGS, "num_inference_steps": 200, "num_images": 4}
+        body = {**SETTINGS, "num_inference_steps": 1000, "num_images": 4}
         with ThreadPoolExecutor(4) as pool:
             answers = [pool.submit(client.post, "/v1/samples", json={**body, "seed": 4 * i}) for i in range(4)]
             time.sleep(0.3)
-            os.kill(next(iter(replicas().values())), signal.SIGKILL)
+            replicas()[0].kill()
             drawn = [answer.result().raise_for_status().json()["images"] for answer in answers]
         again = [client.post("/v1/samples", json={**body, "seed": 4 * i}).json()["images"] for i in range(4)]
         assert drawn == again
@@ -107,6 +105,27 @@ class TestDeployment:
         assert refused.status_code == 422
         assert refused.json()["detail"].startswith("num_inference_steps=5000: the most here is 1000")
         assert client.post("/v1/samples", json=SETTINGS).status_code == 200
+
+    def test_every_metric_of_the_dashboard_is_exported(self, client: httpx.Client) -> None:
+        """The names that Grafana asks for are those that Prometheus is given."""
+        import ray
+
+        body = {"num_inference_steps": 5, "previews": 2, "background": True}
+        dashboard = (Path(__file__).parents[2] / "infra" / "grafana" / "ldm-serve.json").read_text()
+        wanted = set(re.findall(r"ray_ldm_serve_\w+", dashboard))
+        assert len(wanted) > 6
+        found, limit = "", time.monotonic() + 60
+        while not all(f"{name}{{" in found for name in wanted):
+            assert time.monotonic() < limit, sorted(name for name in wanted if f"{name}{{" not in found)
+            id = client.post("/v1/samples", json=body).raise_for_status().json()["id"]
+            client.delete(f"/v1/samples/{client.post('/v1/samples', json=LONG).json()['id']}")
+            client.post("/v1/samples", json={**LONG, "deadline_s": 1e-6})
+            client.get(f"/v1/samples/{id}/events")
+            found = ""
+            for node in ray.nodes():
+                url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+                found += httpx.get(url, trust_env=False).text
+            time.sleep(1)
 
     def test_a_second_serve_on_the_same_ray_is_refused(self, endpoint: str, snapshot: str) -> None:
         with (
@@ -161,7 +180,7 @@ class TestPlan:
         assert "long enough" not in repr(todo)
 
     def test_no_snapshot(self, tmp_path: Path) -> None:
-        with pytest.raises(RequestError, match=r"^snapshot=.*: is no snapshot"):
+        with pytest.raises(RequestError, match=r"^snapshot=.*: holds no snapshot; give one"):
             serve.plan(serve.ServeConfig(snapshot=str(tmp_path)))
 
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,86 +10,28 @@ import pytest
 import torch
 
 from ldm import images, storage
-from ldm.autoencoder import Autoencoder
 from ldm.config import RequestError, parse
 from ldm.diffusion import Diffusion
 from ldm.drawing import load_sampler
 from ldm.latents.dataset import LatentDataset
 from ldm.plan import SamplerConfig
 from ldm.snapshot import read_snapshot
-from pipelines.tracking import Tracker
 from pipelines.train import TrainConfig, zero
+from pipelines.train.build import open_holdout
 from pipelines.train.config import TrainConfig as Config
 from pipelines.train.guard import Guard, Usual
 from pipelines.train.loop import Worker
 from pipelines.train.objective import Objective
 from pipelines.train.schedule import check_schedule, learning_rate
 from pipelines.train.signals import FatalError
-from pipelines.train.start_times import StartTimes
-from tests.pictures import kl_model, latent_dataset
 from tests.pipelines import gloo, tiny
+from tests.pipelines.workers import WORLD, Notebook, config, masters, worker
 
 Runs = list[tuple[Config, list[dict[str, Any]]]]
 """(config, what each rank found)"""
 STAGES = (0, 1, 2, 3)
-WORLD = 2
 BAD_LOSS, BAD_GRADIENT = 1, 3
 """Batches in which rank 1 alone goes wrong."""
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """45 random moments (8, 2, 2) of 3 classes, about a fifth of which is held out."""
-    folder = tmp_path_factory.mktemp("latents")
-    autoencoder = Autoencoder(kl_model())
-    latent_dataset(str(folder), autoencoder, counts=(20, 18, 7))
-    autoencoder.save(str(folder / "autoencoder"))
-    return str(folder)
-
-
-def config(latents: str, output: Path | str, **changes: Any) -> TrainConfig:
-    values = {
-        "latents": latents,
-        "output": str(output),
-        "tracking": {"enabled": False},
-        "max_steps": 4,
-        "checkpoint_every": 4,
-        "log_every": 2,
-        "global_batch_size": 8,
-        "micro_batch_size": 2,
-        "num_workers": WORLD,
-        "learning_rate": 1e-2,
-        "holdout": 0.2,
-        "device": "cpu",
-        "validation": {"grid": 3, "num_inference_steps": 2},
-        "denoiser": {"hidden_size": 16, "depth": 1, "num_heads": 2, "patch_size": 1},
-    }
-    return parse(TrainConfig, [("test", values), ("changes", changes)])
-
-
-class Notebook(Tracker):
-    """Keeps what is logged."""
-
-    def __init__(self, settings: Config) -> None:
-        super().__init__(settings.tracking, "train/test")
-        self.points: list[tuple[int, dict[str, float]]] = []
-        self.images: list[tuple[str, Any]] = []
-
-    def log(self, metrics: dict[str, float], images_seen: int) -> None:
-        self.points.append((images_seen, dict(metrics)))
-
-    def image(self, name: str, pixels: Any) -> None:
-        self.images.append((name, pixels))
-
-
-def worker(settings: Config, notebook: Notebook) -> Worker:
-    dataset = LatentDataset(settings.latents_urls, global_batch_size=8)
-    generations = [manifest.generation for manifest in dataset.manifests]
-    return Worker(settings, generations, {}, notebook, None, StartTimes(time.time()))
-
-
-def masters(run: Worker) -> list[torch.Tensor]:
-    return [held.master.clone() for held in run.engine.state.held]
 
 
 def train_with_faults(rank: int, world: int, settings: list[Config]) -> list[dict[str, Any]]:
@@ -218,6 +159,15 @@ def test_the_grid_is_what_the_snapshot_draws(runs: Runs) -> None:
         drawn = sampler.draw(torch.arange(3), torch.arange(3), steps)
         expected = images.grid(drawn.numpy(), columns=2)
         assert np.abs(pixels.astype(int) - expected).max() <= 1 and expected.std() > 1
+
+
+def test_what_is_excluded_while_a_run_rests_is_validated_on_no_more(latents: str) -> None:
+    settings = config(latents, "output")
+    before = open_holdout(settings, None, {})
+    gone = before.batch(0).ids[0].item()
+    after = open_holdout(settings, None, {0: [], 8: [gone]})
+    assert set(after.all().ids.tolist()) == set(before.all().ids.tolist()) - {gone}
+    assert gone not in after.batch(0).ids.tolist() and after.chosen["hash"] != before.chosen["hash"]
 
 
 def test_stages_agree(runs: Runs) -> None:
