@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import hmac
 import json
@@ -11,6 +12,7 @@ from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import StringConstraints
+from starlette.requests import ClientDisconnect
 
 import ldm
 from ldm.config import RequestError
@@ -153,29 +155,28 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > MAX_BODY:
             return await _refuse(send, 413, f"body: the most is {MAX_BODY} bytes")
-        taken = 0
+        taken, too_large = 0, False
 
         async def bounded() -> Message:
-            nonlocal taken
+            nonlocal taken, too_large
             message = await receive()
             taken += len(message.get("body", b""))
-            if taken > MAX_BODY:
-                raise _TooLarge
-            return message
+            too_large = taken > MAX_BODY
+            return {"type": "http.disconnect"} if too_large else message
 
-        try:
-            await self.app(scope, bounded, send)
-        except _TooLarge:
+        async def unless_too_large(message: Message) -> None:
+            if not too_large:
+                await send(message)
+
+        with contextlib.suppress(ClientDisconnect):  # what the application makes of it
+            await self.app(scope, bounded, unless_too_large)
+        if too_large:
             await _refuse(send, 413, f"body: the most is {MAX_BODY} bytes")
 
     def _has_token(self, headers: dict[bytes, bytes]) -> bool:
         scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
         digest = hashlib.sha256(token.strip()).hexdigest()
         return scheme.lower() == b"bearer" and hmac.compare_digest(digest, self.token_sha256 or "")
-
-
-class _TooLarge(Exception):
-    """A body that goes on past its bound."""
 
 
 def _is_open(path: str) -> bool:
@@ -231,7 +232,7 @@ def _add_page(app: "FastAPI") -> None:
     folder = files("pipelines.serve") / "page"
     read = {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()} if folder.is_dir() else {}
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> Response:
         return page("index.html")
 

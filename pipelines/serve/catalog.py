@@ -18,6 +18,11 @@ class Version:
     name: str
     snapshot: Snapshot
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """One for one set of weights and settings: a folder is never written twice, but for its whole self."""
+        return self.snapshot.url, self.snapshot.weights_sha256
+
 
 class Catalog:
     """The snapshots behind one `ServeConfig.snapshot`.

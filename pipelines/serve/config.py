@@ -46,7 +46,9 @@ class ServeConfig(Config):
     refresh_s: float = Field(
         10.0, ge=0, description="seconds between looks for a newer version of the model; 0: never looked for"
     )
-    max_models: int = Field(2, gt=0, description="models that a replica holds at a time")
+    max_models: int = Field(
+        2, ge=2, description="models that a replica holds at a time: a newer version is loaded beside the older one"
+    )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the replicas run")
     denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
 

@@ -30,10 +30,9 @@ from pipelines.serve.table import Unserved
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-_LATENCY = {  # one picture's way through Ray Serve takes some 15 ms less with these
+_LATENCY = {  # a picture's way through Ray Serve takes some ms less with these
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",  # the replica's own loop is never blocked: see Replica.draw
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
 for _name, _value in _LATENCY.items():  # read when Ray Serve is imported, here and in its own processes
     os.environ.setdefault(_name, _value)

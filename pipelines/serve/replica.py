@@ -11,6 +11,7 @@ A request goes in as plain values and comes out as batches of events, so that it
 """
 
 import asyncio
+import contextlib
 import io
 import logging
 import threading
@@ -70,7 +71,7 @@ class Replica:
     def __init__(self, config: ServeConfig, device: str, observe: Observe = lambda name, value: None) -> None:
         self.config, self.device, self.observe = config, device, observe
         self.catalog = Catalog(config.snapshot)
-        self._models: dict[str, _Model] = {}  # by the hash of the weights
+        self._models: dict[tuple[str, str], _Model] = {}  # by URL and weights
         self._loading = threading.Lock()
         self._wake, self._stopped = threading.Event(), threading.Event()
         self._default = self._load(self.catalog.default())
@@ -124,7 +125,8 @@ class Replica:
 
         def emit(event: Event) -> None:
             if task.events or not isinstance(event, Progress):
-                loop.call_soon_threadsafe(queue.put_nowait, event)
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is there to be told
+                    loop.call_soon_threadsafe(queue.put_nowait, event)
 
         began, previewed, ended = time.monotonic(), False, False
         taking = asyncio.ensure_future(asyncio.to_thread(self._take, task, emit))
@@ -204,8 +206,6 @@ class Replica:
             return default
         version = self.catalog.find(name)
         with self._loading:
-            if version.snapshot.weights_sha256 not in self._models:
-                self._make_room()
             try:
                 return self._load(version)
             except (OSError, ValueError) as error:  # RequestError is one
@@ -213,16 +213,16 @@ class Replica:
 
     def _make_room(self) -> None:
         """Lets go of the model that was not asked for longest. Raises Refused where all are at work."""
-        while len(self._models) >= max(2, self.config.max_models):
-            idle = {k: m for k, m in self._models.items() if m is not self._default and not m.engine.jobs}
+        while len(self._models) >= self.config.max_models:
+            idle = [model for model in self._models.values() if model is not self._default and not model.engine.jobs]
             if not idle:
                 raise Refused("as many models as fit are at work; try again in a moment", 5.0)
-            del self._models[min(idle, key=lambda k: idle[k].used)]
+            del self._models[min(idle, key=lambda model: model.used).version.key]
 
     def _load(self, version: Version) -> _Model:
-        """A model that is ready: each batch shape has been computed once. Raises RequestError and ValueError."""
-        key = version.snapshot.weights_sha256
-        if key not in self._models:
+        """A model that is ready: each batch shape was computed once. Raises RequestError, ValueError and Refused."""
+        if version.key not in self._models:
+            self._make_room()
             config = self.config
             capacity = None if config.batch_size == "auto" else int(config.batch_size)
             if self._models:  # one size for all versions: it is a part of what an exact picture depends on
@@ -232,8 +232,8 @@ class Replica:
             )
             engine = StepEngine(sampler, measure_buckets(sampler, capacity), config.max_waiting)
             sampler.decode(torch.zeros(1, *sampler.latent_shape, device=sampler.device))
-            self._models[key] = _Model(version, engine)
-        return self._models[key]
+            self._models[version.key] = _Model(version, engine)
+        return self._models[version.key]
 
     def _step_all(self, threads: int) -> None:
         torch.set_num_threads(threads)
@@ -258,11 +258,13 @@ class Replica:
         while not self._stopped.wait(self.config.refresh_s):
             try:
                 version = self.catalog.default()
-                if version.snapshot.weights_sha256 != self._default.snapshot.weights_sha256:
+                if version.key != self._default.version.key:
                     with self._loading:
                         self._default, before = self._load(version), self._default
                     _log.warning("serve: %s takes the place of %s", _named(version), _named(before.version))
                 told = None
+            except Refused:  # no room yet: the models that are loaded are at work
+                continue
             except Exception as error:  # it goes on with what it has, whatever the new version is
                 text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 if text != told:

@@ -82,24 +82,28 @@ class Record:
             self.status, self.detail, self.ended = status, detail, time.monotonic()
             self.known.set()
             self.finished.set()
+            for follower in self._followers:
+                follower.put_nowait({"type": "over"})
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """All that is worth knowing of what was, then what comes; None as long as nothing does, now and then."""
+        """All that is worth knowing of what was, then what comes; "quiet" now and then where nothing does."""
         queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
         self._followers.add(queue)
         try:
             before = [{"type": "picture", "index": index, "data": png} for index, png in sorted(self.pngs.items())]
+            over = self.finished.is_set()
             for event in [*before, *self.previews.values(), {"type": "progress"}]:
                 yield event
-            while not self.finished.is_set() or not queue.empty():
-                get, over = asyncio.ensure_future(queue.get()), asyncio.ensure_future(self.finished.wait())
-                done, rest = await asyncio.wait({get, over}, timeout=15, return_when=asyncio.FIRST_COMPLETED)
-                for task in rest:
-                    task.cancel()
-                if get in done:
-                    yield get.result()
-                elif not done:
+            while not (over and queue.empty()):
+                try:
+                    event = await asyncio.wait_for(queue.get(), 15)
+                except TimeoutError:
                     yield {"type": "quiet"}
+                    continue
+                if event["type"] == "over":
+                    over = True
+                else:
+                    yield event
         finally:
             self._followers.discard(queue)
 

@@ -1,6 +1,7 @@
 """Which snapshots are served, and how a newer one takes the place of an older one without a request that fails."""
 
 import asyncio
+import json
 import logging
 import shutil
 import time
@@ -137,6 +138,25 @@ class TestSwitch:
                 loaded = {model["step"]: model["loaded"] for model in made.describe()["models"]}
                 assert loaded == {20: True, 10: step == 10, 5: step == 5}
             assert step_of(made) == 20
+
+    def test_old_versions_are_let_go_of(self, output: Path) -> None:
+        with replica(str(output), refresh_s=0.05) as made:
+            for step in (30, 40, 50):
+                write_version(output / "snapshots", step)
+                until(lambda step=step: step_of(made) == step)
+            assert sum(model["loaded"] for model in made.describe()["models"]) == 2
+
+    def test_the_same_weights_with_another_schedule_are_another_model(self, output: Path) -> None:
+        twin = output / "snapshots" / "twin"
+        shutil.copytree(output / "snapshots" / "step-0000000020", twin)
+        described = json.loads((twin / "snapshot.json").read_text())
+        described["diffusion"]["schedule"] = "cosine"
+        (twin / "snapshot.json").write_text(json.dumps(described))
+        with replica(str(output)) as made:
+            bodies = [{"model": name, "num_inference_steps": 4} for name in ("twin", "step-0000000020")]
+            one, other = (post(made, body).raise_for_status().json() for body in bodies)
+        assert (one["model"], other["model"]) == ("twin", "step-0000000020")
+        assert one["images"][0]["png"] != other["images"][0]["png"]
 
     def test_a_broken_one_is_told_to_the_one_who_names_it(self, output: Path) -> None:
         (output / "snapshots" / "step-0000000010" / "denoiser.safetensors").write_bytes(b"nothing")

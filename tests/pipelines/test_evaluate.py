@@ -5,6 +5,7 @@ import io
 import json
 import math
 import shutil
+import tarfile
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -300,13 +301,20 @@ class TestClient:
             SamplesClient(url)
 
     def test_a_failure_in_passing_is_tried_again(self) -> None:
-        pictures = npy(np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4))
-        answers = [(200, MODEL), (503, b'{"detail": "busy"}'), (0, b""), (200, pictures)]
+        pictures = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).reshape(2, 3, 4, 4)
+        broken, rest = tar(pictures)[: 512 + 512 + 512], tar(pictures[1:])  # the first one, and no end
+        answers = [(200, MODEL), (503, b'{"detail": "busy"}'), (0, b""), (200, broken), (200, rest)]
         with answering(answers) as (url, seen):
             drawn = SamplesClient(url).draw(torch.tensor([1, 2]), torch.tensor([3, 4]), progress=lambda done: None)
-        assert drawn.shape == (2, 3, 4, 4)
-        assert [path for path, _ in seen] == ["/v1/models"] + ["/v1/samples"] * 3
-        assert all(body == {"labels": [1, 2], "seeds": [3, 4], "response_format": "npy"} for _, body in seen[1:])
+        assert torch.equal(drawn, pictures)
+        assert [path for path, _ in seen] == ["/v1/models"] + ["/v1/bulk"] * 4
+        whole = {"model": "s", "labels": [1, 2], "seeds": [3, 4], "response_format": "npy"}
+        assert [body for _, body in seen[1:]] == [whole] * 3 + [{**whole, "labels": [2], "seeds": [4]}]
+
+    def test_the_model_that_is_asked_for_draws(self) -> None:
+        with answering([(200, MODEL)] * 2) as (url, _):
+            assert SamplesClient(url, "1").model["name"] == "other"
+            assert SamplesClient(url, "2").model["name"] == "s"  # the default: the caller sees that it is another one
 
     def test_a_refusal_is_not_tried_again(self) -> None:
         with answering([(200, MODEL), (422, b'{"detail": "eta=2: is too much"}')]) as (url, seen):
@@ -316,7 +324,12 @@ class TestClient:
 
 
 MODEL = json.dumps(
-    {"models": [{"snapshot": "s", "step": 1, "weights_sha256": "0", "batch_size": 2, "max_images": 8}]}
+    {
+        "models": [
+            {"name": "s", "snapshot": "run/s", "step": 1, "weights_sha256": "0"},
+            {"name": "other", "snapshot": "run/other", "step": 2, "weights_sha256": "1"},
+        ]
+    }
 ).encode()
 
 
@@ -354,9 +367,16 @@ def answering(answers: list[tuple[int, bytes]]) -> Iterator[tuple[str, list[tupl
             server.shutdown()
 
 
-def npy(array: np.ndarray[Any, Any]) -> bytes:
+def tar(pictures: torch.Tensor) -> bytes:
+    """What a bulk request is answered with: a header and a member of 512 bytes for each of these small pictures."""
     buffer = io.BytesIO()
-    np.save(buffer, array)
+    with tarfile.open(fileobj=buffer, mode="w") as file:
+        for i, picture in enumerate(pictures.numpy()):
+            member = io.BytesIO()
+            np.save(member, picture)
+            header = tarfile.TarInfo(f"{i:08d}.npy")
+            header.size = len(member.getvalue())
+            file.addfile(header, io.BytesIO(member.getvalue()))
     return buffer.getvalue()
 
 

@@ -77,6 +77,14 @@ class TestDeployment:
             found = [np.load(io.BytesIO(tar.extractfile(member).read())) for member in tar]  # type: ignore[union-attr]
         assert np.array_equal(np.stack(found), offline(snapshot, [i % 10 for i in range(200)], list(range(7, 207))))
 
+    def test_a_long_answer_comes_whole(self, client: httpx.Client) -> None:
+        """More than the 4 MB that one message of gRPC holds: Ray's way for messages is not to be that one."""
+        body = {"num_images": 1500, "num_inference_steps": 1, "response_format": "npy"}
+        answer = client.post("/v1/bulk", json=body).raise_for_status()
+        assert len(answer.content) > 6 * 2**20
+        with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
+            assert len(tar.getnames()) == 1500
+
     def test_every_id_is_found_and_cancelled_whichever_replica_draws_it(self, client: httpx.Client) -> None:
         ids = [client.post("/v1/samples", json=LONG).raise_for_status().json()["id"] for _ in range(6)]
         assert {client.get(f"/v1/samples/{id}").json()["status"] for id in ids} == {"running"}
