@@ -170,8 +170,15 @@ def _samplers(config: ServeConfig) -> Any:
         number: dict[str, Any] = {"num_replicas": config.num_replicas}
     else:
         least, most = config.num_replicas
-        scaling = {"min_replicas": least, "max_replicas": most, "target_ongoing_requests": _REQUESTS_PER_REPLICA}
-        number = {"autoscaling_config": scaling}
+        number = {
+            "autoscaling_config": {
+                "min_replicas": least,
+                "max_replicas": most,
+                "target_ongoing_requests": _REQUESTS_PER_REPLICA,
+                "upscale_delay_s": 5.0,  # loading a model takes longer than that: no use in waiting
+                "downscale_delay_s": 120.0,
+            }
+        }
     if not config.snapshot.startswith(MLFLOW):
         config = config.model_copy(update={"snapshot": storage.absolute(config.snapshot)})
     share = f"{resources['CPU']:g} CPU, {num_gpus:g} GPU each"

@@ -3,9 +3,9 @@
 A DiT-S/2 on 4x32x32 latents, 16 images in a step over WORLD gloo ranks that share the cores; bf16 and ZeRO-1 unless
 given. Ways take turns, step by step, and medians are printed as one line of JSON.
 
-overhead: `ours` reads a latent dataset, draws posterior, timestep, noise and dropped labels, and takes a step of the
-engine and its two averages; `bare` is DeepSpeed's loop of the same model, config and optimizer on one fixed batch;
-`plain` is PyTorch without DeepSpeed, in DDP where there are several ranks.
+overhead: `ours` is the trainer's worker as it is: batches, posterior, timesteps, noise, dropped labels, guard, engine, two
+averages, meter, and points of the log that nobody reads; `bare` is DeepSpeed's loop of the same model, config and
+optimizer on one fixed batch; `plain` is PyTorch without DeepSpeed, in DDP where there are several ranks.
 ema: the share of the two averages in a step of `ours`.
 """
 
@@ -21,21 +21,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm import random
 from ldm.autoencoder import Autoencoder
+from ldm.config import parse
 from ldm.denoiser import DenoiserConfig, build_denoiser
-from ldm.diffusion import Diffusion, DiffusionConfig
-from ldm.latents.batch import draw_latents
-from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import fingerprint_hash
-from pipelines.train import zero
-from pipelines.train.ema import Ema, EmaProfile
+from pipelines.train import TrainConfig, zero
 from tests.pictures import commit_generation, kl_model, records, some_fingerprint, write_latent_shard
 from tests.pipelines import gloo
+from tests.pipelines.workers import Notebook, worker
 
-BATCH, CLASSES, ROUNDS, WARM_UP = 16, 3, 12, 2
+BATCH, CLASSES, ROUNDS, WARM_UP = 16, 3, 40, 2
 LEARNING_RATE, CLIP = 1e-4, 1.0
-PROFILES = (EmaProfile("main", 0.9999), EmaProfile("short", 0.999))
 Way = Callable[[], None]
 
 
@@ -64,28 +60,39 @@ def settings(world: int, stage: int, precision: str) -> dict[str, Any]:
 
 
 class Ours:
-    """A step as the trainer takes it. averaging: seconds of each update of the averages."""
+    """A step as the trainer's own worker takes it. averaging: seconds of each update of the averages."""
 
     def __init__(self, url: str, rank: int, world: int, stage: int, precision: str) -> None:
-        self.dataset = LatentDataset(url, global_batch_size=BATCH)
-        self.batches = self.dataset.batches(rank=rank, world=world, workers=1)
-        self.engine = zero.initialize(dit(), settings(world, stage, precision))
-        self.ema = Ema(self.engine.state, PROFILES)
-        self.diffusion = Diffusion(DiffusionConfig())
+        values = {
+            "latents": url,
+            "output": f"{url}-run",
+            "tracking": {"enabled": False},
+            "max_steps": 1_000_000,
+            "checkpoint_every": 1_000_000,
+            "validation": {"images": 0, "grid": 0},
+            "global_batch_size": BATCH,
+            "micro_batch_size": BATCH // world,
+            "num_workers": world,
+            "learning_rate": LEARNING_RATE,
+            "gradient_clip": CLIP,
+            "zero_stage": stage,
+            "precision": precision,
+            "device": "cpu",
+        }
+        config = parse(TrainConfig, [("bench", values)])
+        self.worker = worker(config, Notebook(config))
+        self.batches = self.worker.dataset.batches(0, rank=rank, world=world, workers=1)
         self.averaging: list[float] = []
+        self.update, self.worker.ema.update = self.worker.ema.update, self.timed_update  # type: ignore[method-assign]
 
     def __call__(self) -> None:
-        batch = next(self.batches)
-        latents = draw_latents(batch, self.dataset.statistics, 0)
-        noise = random.normal(0, "noise", batch.ids, batch.epochs, tuple(latents.shape[1:]))
-        t = self.diffusion.draw_timesteps(0, batch.ids, batch.epochs)
-        dropped = random.uniform(0, "label-dropout", batch.ids, batch.epochs) < 0.1
-        labels = torch.where(dropped, CLASSES, batch.labels)
-        loss = self.diffusion.loss(self.engine, latents, noise, t, labels).mean()
-        self.engine.backward(loss)
-        assert self.engine.step(LEARNING_RATE)
+        applied, save, stop = self.worker._train_step(self.worker._next(self.batches))
+        assert applied
+        self.worker._after_step(applied, save, stop)
+
+    def timed_update(self) -> None:
         began = time.perf_counter()
-        self.ema.update()
+        self.update()
         self.averaging.append(time.perf_counter() - began)
 
 

@@ -194,6 +194,22 @@ class TestPlan:
 
 @pytest.mark.faults
 @pytest.mark.ray
+def test_replicas_come_with_the_queue(ray_session: None, snapshot: str) -> None:
+    config = serve.ServeConfig(snapshot=snapshot, port=0, batch_size=2, num_replicas=(1, 2), deadline_s=1e5)
+    with serve.deployment(config) as url, httpx.Client(base_url=url, trust_env=False, timeout=60) as client:
+        assert len(replicas()) == 1
+        ids = [client.post("/v1/samples", json={**LONG, "num_images": 100}).json()["id"] for _ in range(30)]
+        limit = time.monotonic() + 120
+        while len(replicas()) < 2:
+            assert time.monotonic() < limit
+            time.sleep(1)
+        for id in ids:
+            assert client.delete(f"/v1/samples/{id}").json()["status"] == "cancelled"
+        client.post("/v1/samples", json=SETTINGS).raise_for_status()
+
+
+@pytest.mark.faults
+@pytest.mark.ray
 def test_why_a_replica_does_not_start_is_told_in_one_line(ray_session: None, tmp_path: Path) -> None:
     url = write_tiny_snapshot(tmp_path / "custom")
     described = tmp_path / "custom" / "snapshot.json"
