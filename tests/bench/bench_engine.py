@@ -3,8 +3,8 @@
 A DiT-S/2 on 4x32x32 latents, 16 images in a step over WORLD gloo ranks that share the cores; bf16 and ZeRO-1 unless
 given. Ways take turns, step by step, and medians are printed as one line of JSON.
 
-overhead: `ours` is the trainer's worker as it is: batches, posterior, timesteps, noise, dropped labels, guard, engine, two
-averages, meter, and points of the log that nobody reads; `bare` is DeepSpeed's loop of the same model, config and
+overhead: `ours` is the trainer's worker as it is: batches, posterior, timesteps, noise, dropped labels, guard, engine,
+two averages, meter, and points of the log that nobody reads; `bare` is DeepSpeed's loop of the same model, config and
 optimizer on one fixed batch; `plain` is PyTorch without DeepSpeed, in DDP where there are several ranks.
 ema: the share of the two averages in a step of `ours`.
 """
