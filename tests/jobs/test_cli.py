@@ -59,7 +59,7 @@ WRONG = [
     ("sample snapshot=SNAPSHOT labels=ten", "labels=ten: is no class of this model; give 0 to 9, or zero, one"),
     ("sample snapshot=SNAPSHOT num_inference_steps=2000", "num_inference_steps=2000: must be 1 to 1000"),
     ("sample snapshot=SNAPSHOT eta=2", "eta=2: "),
-    ("serve snapshot=vae", "snapshot=vae: is no snapshot"),
+    ("serve snapshot=vae", "snapshot=vae: holds no snapshot; give one that"),
     ("evaluate snapshot=vae reference=in-0.tar", "snapshot=vae: is no snapshot"),
     ("verify", "latents: missing; give latents=VALUE"),
     ("verify vae", "latents=PLACE/vae: is no latent dataset (no manifest.json)"),
