@@ -2,6 +2,8 @@
 
 import os
 
+from ldm.allocator import keep_freed_memory
+
 DISTRIBUTION = "ldm-pipelines"
 """The package's name in the package index: `ldm` is another's, and this tells the two apart."""
 
@@ -11,3 +13,5 @@ __version__ = "0.1.0"
 # adds up some rows of a product in another order. Its strict mode does not, and costs nothing that could be measured
 # (docs/benchmarks.md). MKL reads this once, at its first product: import ldm before that.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+keep_freed_memory()
