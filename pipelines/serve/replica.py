@@ -17,6 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -74,9 +75,9 @@ class Replica:
         self._models: dict[tuple[str, str], _Model] = {}  # by URL and weights
         self._loading = threading.Lock()
         self._wake, self._stopped = threading.Event(), threading.Event()
+        self._num_threads = torch.get_num_threads()  # each thread has a number of its own
         self._default = self._load(self.catalog.default())
-        # This thread has its own number of torch threads: that of the one which made it.
-        self._threads = [threading.Thread(target=self._step_all, args=(torch.get_num_threads(),), daemon=True)]
+        self._threads = [threading.Thread(target=self._step_all, daemon=True)]
         if config.refresh_s > 0:
             self._threads.append(threading.Thread(target=self._follow_default, daemon=True))
         for thread in self._threads:
@@ -223,20 +224,26 @@ class Replica:
         """A model that is ready: each batch shape was computed once. Raises RequestError, ValueError and Refused."""
         if version.key not in self._models:
             self._make_room()
-            config = self.config
-            capacity = None if config.batch_size == "auto" else int(config.batch_size)
-            if self._models:  # one size for all versions: it is a part of what an exact picture depends on
-                capacity = self._default.engine.capacity
-            sampler = load_sampler(
-                version.snapshot.url, capacity or 1, self.device, config.denoiser_type, config.precision, config.compile
-            )
-            engine = StepEngine(sampler, measure_buckets(sampler, capacity), config.max_waiting)
-            sampler.decode(torch.zeros(1, *sampler.latent_shape, device=sampler.device))
-            self._models[version.key] = _Model(version, engine)
+            # In a thread that ends. Each thread that computes has its OpenMP threads, and while there are more of these
+            # than cores all of them sleep at every barrier: calls of few rows took twice as long.
+            with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(self._num_threads,)) as thread:
+                self._models[version.key] = thread.submit(self._ready, version).result()
         return self._models[version.key]
 
-    def _step_all(self, threads: int) -> None:
-        torch.set_num_threads(threads)
+    def _ready(self, version: Version) -> _Model:
+        config = self.config
+        capacity = None if config.batch_size == "auto" else int(config.batch_size)
+        if self._models:  # one size for all versions: it is a part of what an exact picture depends on
+            capacity = self._default.engine.capacity
+        sampler = load_sampler(
+            version.snapshot.url, capacity or 1, self.device, config.denoiser_type, config.precision, config.compile
+        )
+        engine = StepEngine(sampler, measure_buckets(sampler, capacity), config.max_waiting)
+        sampler.decode(torch.zeros(1, *sampler.latent_shape, device=sampler.device))
+        return _Model(version, engine)
+
+    def _step_all(self) -> None:
+        torch.set_num_threads(self._num_threads)
         while not self._stopped.is_set():
             self._wake.clear()
             for model in list(self._models.values()):
