@@ -40,7 +40,7 @@ DONE, FAILED, WRONG_REQUEST, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0 done, 1 failed, 2 the request is wrong, 3 too much quarantined."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGTERM, interrupt)
     sys.path.append(os.getcwd())  # a denoiser class of the user's own is looked for there, and last
     try:
         return _run(arguments)
@@ -201,7 +201,8 @@ class Parser(argparse.ArgumentParser):
         raise RequestError(f"{message}; see '{self.prog} --help'")
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A handler of signals that ends what runs, wherever it is."""
     raise KeyboardInterrupt(number)
 
 

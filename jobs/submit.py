@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -149,6 +150,8 @@ def _absolute(text: str, key: str) -> str:
 
 def _follow(client: Any, job_id: str, as_json: bool) -> int:
     """Prints the job's log on stderr and its report on stdout; returns its exit code."""
+    # asyncio's own handler of Ctrl-C cancels a task and no more, and what is awaited then may make nothing of it.
+    signal.signal(signal.SIGINT, cli.interrupt)
     report = asyncio.run(_print_log(client, job_id))
     while not (status := client.get_job_status(job_id)).is_terminal():
         time.sleep(0.5)

@@ -29,19 +29,13 @@ from typing import Any
 import httpx
 import psutil
 import torch
-from diffusers import AutoencoderKL
 
-from ldm.autoencoder import load_autoencoder
 from ldm.buckets import measure_buckets
-from ldm.denoiser import DenoiserConfig, build_denoiser
-from ldm.diffusion import DiffusionConfig
+from ldm.denoiser import DenoiserConfig
 from ldm.drawing import PictureSampler, load_sampler
-from ldm.latents.manifest import Conditioning
-from ldm.latents.receipt import Statistics
 from ldm.plan import SamplerConfig
-from ldm.snapshot import write_snapshot
 from pipelines import cluster, serve
-from tests.pictures import some_fingerprint
+from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 STEPS = (10, 25, 50)
 MEAN_ROWS = statistics.mean(STEPS) * 1.5  # half of the requests are guided
@@ -49,33 +43,8 @@ SECONDS, DEADLINE_S, CANCELS = 60.0, 10.0, 1000
 
 
 def write_model(folder: Path) -> str:
-    torch.manual_seed(0)
-    vae = str(folder / "vae")
-    AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=128,
-    ).save_pretrained(vae)
     config = DenoiserConfig(hidden_size=192, depth=6, num_heads=3, patch_size=2)
-    denoiser = build_denoiser(config, in_channels=4, sample_size=(16, 16), num_classes=10)
-    write_snapshot(
-        str(folder / "snapshot"),
-        denoiser.state_dict(),
-        denoiser_config=config,
-        diffusion_config=DiffusionConfig(),
-        statistics=Statistics((0.0,) * 4, (1.0,) * 4),
-        conditioning=Conditioning("class", 10, tuple("abcdefghij")),
-        latent_shape=(4, 16, 16),
-        fingerprint=some_fingerprint(load_autoencoder(vae), 128),
-        step=1,
-        images_seen=1,
-        autoencoder_url=vae,
-    )
-    return str(folder / "snapshot")
+    return write_tiny_snapshot(folder / "snapshot", image_size=128, config=config)
 
 
 def saturated(url: str) -> dict[str, Any]:

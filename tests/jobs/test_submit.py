@@ -1,5 +1,7 @@
 """`ldm submit` against a real cluster, started by `ray start --head` with its token authentication on."""
 
+import asyncio
+import contextlib
 import json
 import os
 import secrets
@@ -7,12 +9,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
+from jobs import submit as submit_module
 from tests.pictures import image_shard, kl_model, samples
 
 pytestmark = pytest.mark.ray
@@ -115,6 +118,27 @@ def test_without_the_token_nothing_is_submitted(
     done = submit(*ENCODE, RAY_AUTH_TOKEN_PATH=str(wrong))
     assert done.returncode == 2
     assert done.stderr.startswith("error: --address=http://127.0.0.1:") and done.stderr.count("\n") == 1
+
+
+def test_ctrl_c_is_never_lost_in_what_is_awaited() -> None:
+    class Deaf:
+        """A stream that ends where it is cancelled."""
+
+        async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+            os.kill(os.getpid(), signal.SIGINT)
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(60)
+            yield ""
+
+        def get_job_status(self, job_id: str) -> None:
+            pytest.fail("the job is followed after Ctrl-C")
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            submit_module._follow(Deaf(), "job", as_json=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @pytest.mark.faults

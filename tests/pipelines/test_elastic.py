@@ -6,8 +6,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,20 +86,28 @@ def test_sigterm_asks_for_one_checkpoint_and_the_next_one_ends() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-@pytest.mark.faults
-@pytest.mark.timeout(900)
-def test_a_run_goes_on_with_the_nodes_that_are_there(tmp_path: Path) -> None:
-    """2 -> 1 -> 2 workers, and SIGTERM at the end: the losses of the run that nothing disturbed."""
-    from mlflow import MlflowClient
+@pytest.fixture
+def two_nodes() -> Iterator[tuple[Any, Any]]:
+    """A cluster with two nodes of a CPU each, and the second one."""
     from ray.cluster_utils import Cluster
 
-    _write_latents(tmp_path)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = cluster.add_node(num_cpus=1)
-    process = None
     try:
-        process = _ldm_train(tmp_path, cluster.address, "run", "num_workers=[1,2]", "max_steps=1000000")
-        run = str(tmp_path / "run")
+        yield cluster, cluster.add_node(num_cpus=1)
+    finally:
+        cluster.shutdown()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(900)
+def test_a_run_goes_on_with_the_nodes_that_are_there(tmp_path: Path, two_nodes: tuple[Any, Any]) -> None:
+    """2 -> 1 -> 2 workers, and SIGTERM at the end: the losses of the run that nothing disturbed."""
+    from mlflow import MlflowClient
+
+    _write_latents(tmp_path)
+    cluster, second = two_nodes
+    run = str(tmp_path / "run")
+    with _ldm_train(tmp_path, cluster.address, "run", "num_workers=[1,2]", "max_steps=1000000") as process:
         _until(lambda: _world(run) == 2, process)
         cluster.remove_node(second, allow_graceful=False)
         _until(lambda: _world(run) == 1, process)
@@ -105,15 +115,11 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(tmp_path: Path) -> None:
         _until(lambda: _world(run) == 2, process)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=100) == 143
-        said = (tmp_path / "run.txt").read_text()
-        step = max(committed_steps(run))
-        assert f"train: stopped at step {step:,} with the checkpoint {newest_checkpoint(run)}\n" in said
-        process = _ldm_train(tmp_path, cluster.address, "undisturbed", "num_workers=2", f"max_steps={step}")
+    said = (tmp_path / "run.txt").read_text()
+    step = max(committed_steps(run))
+    assert f"train: stopped at step {step:,} with the checkpoint {newest_checkpoint(run)}\n" in said
+    with _ldm_train(tmp_path, cluster.address, "undisturbed", "num_workers=2", f"max_steps={step}") as process:
         assert process.wait(timeout=200) == 0
-    finally:
-        if process is not None and process.poll() is None:
-            process.kill()
-        cluster.shutdown()
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     runs = {r.info.run_name: r.info.run_id for r in client.search_runs(["1"])}
     found, expected = (
@@ -129,17 +135,14 @@ def test_a_run_goes_on_with_the_nodes_that_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.faults
 @pytest.mark.timeout(600)
-def test_a_node_that_is_to_be_taken_away_has_a_checkpoint_taken_first(tmp_path: Path) -> None:
-    from ray.cluster_utils import Cluster
-
+def test_a_node_that_is_to_be_taken_away_has_a_checkpoint_taken_first(
+    tmp_path: Path, two_nodes: tuple[Any, Any]
+) -> None:
     _write_latents(tmp_path)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    second = cluster.add_node(num_cpus=1)
-    process = None
-    try:
-        never = ("checkpoint_every=1000000", "max_steps=1000000")
-        process = _ldm_train(tmp_path, cluster.address, "run", "num_workers=2", *never)
-        run, said = str(tmp_path / "run"), tmp_path / "run.txt"
+    cluster, second = two_nodes
+    never = ("checkpoint_every=1000000", "max_steps=1000000")
+    run, said = str(tmp_path / "run"), tmp_path / "run.txt"
+    with _ldm_train(tmp_path, cluster.address, "run", "num_workers=2", *never) as process:
         _until(lambda: "first step after" in said.read_text(), process)
         assert committed_steps(run) == []
         notice = ["--node-id", second.node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
@@ -151,10 +154,6 @@ def test_a_node_that_is_to_be_taken_away_has_a_checkpoint_taken_first(tmp_path: 
         assert 300 <= int(seconds) <= 500
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=100) == 143
-    finally:
-        if process is not None and process.poll() is None:
-            process.kill()
-        cluster.shutdown()
 
 
 def _write_latents(place: Path) -> None:
@@ -163,7 +162,8 @@ def _write_latents(place: Path) -> None:
     autoencoder.save(str(place / "latents" / "autoencoder"))
 
 
-def _ldm_train(place: Path, address: str, output: str, *changes: str) -> subprocess.Popen[bytes]:
+@contextmanager
+def _ldm_train(place: Path, address: str, output: str, *changes: str) -> Iterator[subprocess.Popen[bytes]]:
     settings = (
         f"latents=latents output={output} device=cpu global_batch_size=64 micro_batch_size=4 learning_rate=1e-4 "
         f"log_every=1 checkpoint_every=10 tracking.uri=sqlite:///{place}/mlflow.db denoiser.hidden_size=16 "
@@ -171,10 +171,15 @@ def _ldm_train(place: Path, address: str, output: str, *changes: str) -> subproc
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": address}
     with (place / f"{output}.txt").open("w") as log:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-m", "jobs.cli", "train", *settings.split(), *changes],
             stderr=log, stdout=subprocess.DEVNULL, cwd=place, env=environment, start_new_session=True,
         )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.kill()
 
 
 def _world(output: str) -> int | None:

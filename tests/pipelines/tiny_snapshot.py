@@ -1,4 +1,4 @@
-"""A whole snapshot with random weights, small enough to sample from in a moment: 32 px, latents (4, 4, 4)."""
+"""A whole snapshot with random weights, small enough to sample from in a moment."""
 
 from pathlib import Path
 
@@ -17,8 +17,17 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 DIGITS = Conditioning("class", 10, NAMES)
 
 
-def write_tiny_snapshot(url: Path, conditioning: Conditioning = DIGITS, seed: int = 0) -> str:
-    """Writes it and returns its path. The denoiser's weights are all random: a fresh DiT would answer 0."""
+TINY = DenoiserConfig(hidden_size=32, depth=1, num_heads=2, patch_size=2)
+
+
+def write_tiny_snapshot(
+    url: Path, conditioning: Conditioning = DIGITS, seed: int = 0, image_size: int = 32, config: DenoiserConfig = TINY
+) -> str:
+    """Writes it and returns its path. The denoiser's weights are all random: a fresh DiT would answer 0.
+
+    image_size: in pixels; latents are (4, image_size / 8, image_size / 8).
+    """
+    side = image_size // 8
     torch.manual_seed(seed)
     autoencoder_url = str(url.parent / f"{url.name}-autoencoder")
     AutoencoderKL(
@@ -28,11 +37,10 @@ def write_tiny_snapshot(url: Path, conditioning: Conditioning = DIGITS, seed: in
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=4,
-        sample_size=32,
+        sample_size=image_size,
     ).save_pretrained(autoencoder_url)
-    config = DenoiserConfig(hidden_size=32, depth=1, num_heads=2, patch_size=2)
     num_classes = conditioning.num_classes or None
-    denoiser = build_denoiser(config, in_channels=4, sample_size=(4, 4), num_classes=num_classes)
+    denoiser = build_denoiser(config, in_channels=4, sample_size=(side, side), num_classes=num_classes)
     for parameter in denoiser.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     write_snapshot(
@@ -42,8 +50,8 @@ def write_tiny_snapshot(url: Path, conditioning: Conditioning = DIGITS, seed: in
         diffusion_config=DiffusionConfig(),
         statistics=Statistics((0.1, 0.0, -0.1, 0.2), (1.0, 0.9, 1.1, 1.0)),
         conditioning=conditioning,
-        latent_shape=(4, 4, 4),
-        fingerprint=some_fingerprint(load_autoencoder(autoencoder_url), 32),
+        latent_shape=(4, side, side),
+        fingerprint=some_fingerprint(load_autoencoder(autoencoder_url), image_size),
         step=30,
         images_seen=960,
         autoencoder_url=autoencoder_url,
