@@ -20,6 +20,9 @@ from ldm.drawing import Blend, Edit, PictureSampler
 from ldm.plan import SamplerConfig, SamplingPlan, make_plan
 from ldm.sharing import FairShare, Refused
 
+PLANNED = 0.8
+"""Share of the time to a deadline that is given away: the rest is for a machine that is slower than it was."""
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -128,7 +131,8 @@ class StepEngine:
     """Draws jobs with one sampler. `submit` and `cancel` may be called from any thread, `step` from one.
 
     buckets: the batch shapes, rising; the last is the most rows in one call. seconds: of a call in each bucket, as
-    measured (`measure_buckets`). max_jobs: as many wait and run at a time.
+    measured (`measure_buckets`), and then as they are seen. max_jobs: as many wait and run at a time. last_call: rows,
+    bucket and seconds of the denoiser's last call.
     """
 
     def __init__(self, sampler: PictureSampler, seconds: dict[int, float], max_jobs: int) -> None:
@@ -136,7 +140,7 @@ class StepEngine:
         self.seconds = dict(sorted(seconds.items()))
         self.buckets = list(self.seconds)
         self.capacity = self.buckets[-1]
-        self.last_call: tuple[int, int, float] | None = None  # rows, bucket, seconds
+        self.last_call: tuple[int, int, float] | None = None
         self._share: FairShare[Job] = FairShare()
         self._lock = threading.Lock()
 
@@ -182,7 +186,9 @@ class StepEngine:
         if not chosen:
             return False
         try:
+            began = time.perf_counter()
             self._advance(chosen)
+            self._measured(time.perf_counter() - began)
         except Exception as error:
             text = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             for job in {picture.job for picture in chosen}:
@@ -258,7 +264,7 @@ class StepEngine:
         answer = self.sampler.denoise(x[padded], t[padded], labels)[: len(rows)]
         if answer.device.type == "cuda":
             torch.cuda.synchronize(answer.device)
-        self._measured(len(rows), bucket, time.perf_counter() - began)
+        self.last_call = (len(rows), bucket, time.perf_counter() - began)
         if not guided:
             return answer
         settings = [pictures[i].job.settings for i in guided]
@@ -303,8 +309,10 @@ class StepEngine:
             self._share.remove(job, done=how.problem is None)
         job.emit(how)
 
-    def _measured(self, rows: int, bucket: int, seconds: float) -> None:
-        self.last_call = (rows, bucket, seconds)
+    def _measured(self, seconds: float) -> None:
+        """A call took so long with all that belongs to it: what is decoded, and what is told."""
+        assert self.last_call is not None
+        _, bucket, _ = self.last_call
         self.seconds[bucket] += 0.1 * (seconds - self.seconds[bucket])
 
     def _expected_with(self, new: Job) -> float:
@@ -319,8 +327,8 @@ class StepEngine:
             seconds = self._seconds_for(work, job.longest_left)
             if job is new:
                 new_work, expected = job.work_left, seconds
-            if job.deadline is None or now + seconds <= job.deadline:
-                continue
+            if job.deadline is None or not new_work or seconds <= PLANNED * (job.deadline - now):
+                continue  # jobs before the new one do not wait for it
             if job is new:
                 raise Refused("the deadline could not be kept; try again in a moment", retry_after)
             if now + self._seconds_for(work - new_work, job.longest_left) <= job.deadline:  # else it is late by itself

@@ -63,31 +63,40 @@ def ray_session() -> Iterator[None]:
             _end(started)
 
 
-def resources_per_worker(num_workers: int, device: str) -> tuple[dict[str, float], int]:
-    """(Ray resources of one worker, its CPU threads): a whole GPU each, or an equal share of the CPU cores.
+def resources_per_worker(
+    num_workers: int, device: str, num_gpus: float = 1.0, key: str = "num_workers"
+) -> tuple[dict[str, float], int]:
+    """(Ray resources of one worker, its CPU threads): `num_gpus` each, or an equal share of the CPU cores.
 
-    Raises RequestError where the cluster has fewer GPUs than workers, or no CPU.
+    Raises RequestError, which names `key`, where the cluster has not so many GPUs, or no CPU.
     """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = [int(node.get("CPU", 0)) for node in nodes]  # a head without work has none
-    check_room(num_workers, device, nodes)
+    check_room(num_workers, device, nodes, num_gpus, key)
     share = cpu_share(cpus, num_workers)
     threads = max(1, int(share))
     if device == "cuda":
-        return {"CPU": min(1.0, share), "GPU": 1.0}, threads
+        return {"CPU": min(1.0, share), "GPU": num_gpus}, threads
     return {"CPU": share}, threads
 
 
-def check_room(num_workers: int, device: str, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raises RequestError where nodes with these resources have fewer GPUs than workers, or no CPU."""
+def check_room(
+    num_workers: int,
+    device: str,
+    nodes: Sequence[Mapping[str, float]],
+    num_gpus: float = 1.0,
+    key: str = "num_workers",
+) -> None:
+    """Raises RequestError where nodes with these resources have no room for workers of `num_gpus` each, or no CPU."""
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    if device == "cuda" and gpus < num_workers:
-        has = f"num_workers={num_workers}: the cluster has {counted(gpus, 'GPU')}"
-        raise RequestError(f"{has}; give {'at most ' if gpus > 1 else ''}{gpus}, or device=cpu")
+    most = places({"GPU": num_gpus}, nodes)
+    if device == "cuda" and most < num_workers:
+        has = f"{key}={num_workers}: the cluster has {counted(gpus, 'GPU')}"
+        raise RequestError(f"{has}; give {'at most ' if most > 1 else ''}{most}, or device=cpu")
     if not any(int(node.get("CPU", 0)) for node in nodes):
-        raise RequestError(f"num_workers={num_workers}: the cluster has no CPU for a worker; add a node")
+        raise RequestError(f"{key}={num_workers}: the cluster has no CPU for a worker; add a node")
 
 
 def place_workers(

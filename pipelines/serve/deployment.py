@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.request
@@ -38,6 +39,7 @@ for _name, _value in _LATENCY.items():  # read when Ray Serve is imported, here 
     os.environ.setdefault(_name, _value)
 FRONTEND, SAMPLERS = "ldm", "ldm-samplers"
 """Two applications: the frontend calls the samplers by the name of theirs."""
+_SWITCH_S = 0.0005
 _ROOM_FOR_PROBES = 32
 _REQUESTS_PER_REPLICA = 8.0
 """Above this many at each, more replicas are started."""
@@ -113,6 +115,9 @@ class Sampler:
         from pipelines.serve.metrics import observer
 
         cluster.use_threads(threads)
+        # The thread that draws takes Python's lock back at once after each operation: whoever answers a request
+        # meanwhile waits this long for it, several times.
+        sys.setswitchinterval(_SWITCH_S)
         self._replica = Replica(config, device, observer())
 
     async def draw(self, task: Task) -> AsyncIterator[list[dict[str, Any]]]:
@@ -164,8 +169,10 @@ def _samplers(config: ServeConfig) -> Any:
     from ray import serve
 
     device = cluster.resolve_device(config.device)
-    resources, threads = cluster.resources_per_worker(config.most_replicas, device)
-    num_gpus = config.gpus_per_replica if device == "cuda" else 0
+    resources, threads = cluster.resources_per_worker(
+        config.most_replicas, device, config.gpus_per_replica, "num_replicas"
+    )
+    num_gpus = resources.get("GPU", 0)
     if isinstance(config.num_replicas, int):
         number: dict[str, Any] = {"num_replicas": config.num_replicas}
     else:

@@ -209,15 +209,29 @@ class TestRoom:
         running = engine(sampler, 2, seconds=1.0)
         now = time.monotonic()
         with pytest.raises(Refused, match=r"^the deadline could not be kept"):
-            running.submit(Told(PLAIN, [1, 2, 3], deadline=now + 5).job)  # 12 rows in calls of 2: 6 s
+            running.submit(Told(PLAIN, [1, 2, 3], deadline=now + 7).job)  # 12 rows in calls of 2: 6 s, too near to 7
         assert running.submit(Told(PLAIN, [1, 2, 3], deadline=now + 8).job) == pytest.approx(6.0)
 
     def test_what_would_break_anothers_deadline_is_refused(self, sampler: PictureSampler) -> None:
         running = engine(sampler, 2, seconds=1.0)
-        running.submit(Told(PLAIN, list(range(8)), deadline=time.monotonic() + 17).job)  # 16 s
+        running.submit(Told(PLAIN, list(range(8)), deadline=time.monotonic() + 21).job)  # 16 s
         with pytest.raises(Refused, match="^an earlier request's deadline could not be kept"):
             running.submit(Told(PLAIN, [1]).job)  # would pass it: 2 s more
         running.submit(Told(PLAIN, list(range(20))).job)  # comes after it
+
+    def test_a_call_is_taken_to_last_as_long_as_all_that_belongs_to_it(
+        self, sampler: PictureSampler, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        decode = sampler.decode
+
+        def slowly(latents: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.5)
+            return decode(latents)
+
+        monkeypatch.setattr(sampler, "decode", slowly)
+        running = engine(sampler, 1, seconds=0.0)
+        run(running, Told(PLAIN, [1]))
+        assert running.seconds[1] >= 0.05  # a tenth of what was seen
 
     def test_one_step_after_the_other_takes_its_time(self, sampler: PictureSampler) -> None:
         running = engine(sampler, 1, 8, seconds=1.0)

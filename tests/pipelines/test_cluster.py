@@ -47,6 +47,12 @@ def test_what_a_cluster_cannot_hold_is_refused(
     check_room(max(1, num_workers - 1), device, [*nodes, {"CPU": 1}])
 
 
+def test_workers_may_share_gpus() -> None:
+    check_room(4, "cuda", [{"CPU": 8, "GPU": 2}], 0.5, "num_replicas")
+    with pytest.raises(RequestError, match=r"^num_replicas=5: the cluster has 2 GPUs; give at most 4, or device=cpu$"):
+        check_room(5, "cuda", [{"CPU": 8, "GPU": 2}], 0.5, "num_replicas")
+
+
 def test_the_memory_of_this_node_is_known() -> None:
     assert 10**8 < node_memory() < 10**14
 
