@@ -101,6 +101,11 @@ class Job:
         return (len(self.seeds) * self.steps - self.steps_done) * self.rows
 
     @property
+    def rows_left(self) -> int:
+        """Rows that its pictures take in a call with room for all of them."""
+        return (len(self.seeds) - self.images_done) * self.rows
+
+    @property
     def longest_left(self) -> int:
         """Calls that the last of its pictures needs, were there room for all."""
         if self.started < len(self.seeds):
@@ -131,7 +136,7 @@ class StepEngine:
     """Draws jobs with one sampler. `submit` and `cancel` may be called from any thread, `step` from one.
 
     buckets: the batch shapes, rising; the last is the most rows in one call. seconds: of a call in each bucket, as
-    measured (`measure_buckets`), and then as they are seen. max_jobs: as many wait and run at a time. last_call: rows,
+    measured (`measure_buckets`). max_jobs: as many wait and run at a time. last_call: rows,
     bucket and seconds of the denoiser's last call.
     """
 
@@ -141,6 +146,7 @@ class StepEngine:
         self.buckets = list(self.seconds)
         self.capacity = self.buckets[-1]
         self.last_call: tuple[int, int, float] | None = None
+        self._slowness = 1.0  # of a call, beside what was measured
         self._share: FairShare[Job] = FairShare()
         self._lock = threading.Lock()
 
@@ -313,7 +319,8 @@ class StepEngine:
         """A call took so long with all that belongs to it: what is decoded, and what is told."""
         assert self.last_call is not None
         _, bucket, _ = self.last_call
-        self.seconds[bucket] += 0.1 * (seconds - self.seconds[bucket])
+        # One factor for all buckets: what slows a machine down slows them all, those too that are not in use now.
+        self._slowness += 0.1 * (seconds / self.seconds[bucket] - self._slowness)
 
     def _expected_with(self, new: Job) -> float:
         """Seconds until the job would be done. Raises Refused."""
@@ -321,28 +328,29 @@ class StepEngine:
         if len(jobs) >= self.max_jobs:
             raise Refused("as many requests wait as may wait; try again in a moment", self._duration(jobs) / len(jobs))
         now, work, new_work, expected = time.monotonic(), 0, 0, 0.0
+        others = sum(job.rows_left for job in jobs)
         retry_after = max(1.0, self._duration(jobs))
         for job in self._share.in_order_with(new, new.work_left):
             work += job.work_left
-            seconds = self._seconds_for(work, job.longest_left)
+            seconds = self._seconds_for(work, job.longest_left, others + new.rows_left)
             if job is new:
                 new_work, expected = job.work_left, seconds
-            if job.deadline is None or not new_work or seconds <= PLANNED * (job.deadline - now):
-                continue  # jobs before the new one do not wait for it
+            if job.deadline is None or seconds <= PLANNED * (job.deadline - now):
+                continue
             if job is new:
                 raise Refused("the deadline could not be kept; try again in a moment", retry_after)
-            if now + self._seconds_for(work - new_work, job.longest_left) <= job.deadline:  # else it is late by itself
+            without = self._seconds_for(work - new_work, job.longest_left, others)
+            if without < seconds and now + without <= job.deadline:  # else the new one is not to blame
                 raise Refused("an earlier request's deadline could not be kept; try again in a moment", retry_after)
         return expected
 
     def _duration(self, jobs: Sequence[Job]) -> float:
-        return self._seconds_for(sum(job.work_left for job in jobs), 0)
+        return self._seconds_for(sum(job.work_left for job in jobs), 0, 0)
 
-    def _seconds_for(self, work: int, calls: int) -> float:
-        """For so many rows in all, and at least so many calls one after the other."""
-        full, rows = work / self.capacity, work / max(calls, 1)
+    def _seconds_for(self, work: int, calls: int, rows: int) -> float:
+        """For so much work, in so many calls one after the other at least, while so many rows want a place in each."""
         bucket = next((size for size in self.buckets if size >= rows), self.capacity)
-        return max(full * self.seconds[self.capacity], calls * self.seconds[bucket])
+        return self._slowness * max(work / self.capacity * self.seconds[self.capacity], calls * self.seconds[bucket])
 
 
 def _given(x: Tensor | None) -> Tensor:

@@ -229,9 +229,21 @@ class TestRoom:
             return decode(latents)
 
         monkeypatch.setattr(sampler, "decode", slowly)
-        running = engine(sampler, 1, seconds=0.0)
-        run(running, Told(PLAIN, [1]))
-        assert running.seconds[1] >= 0.05  # a tenth of what was seen
+        running = engine(sampler, 1, seconds=0.01)
+        first = running.submit(Told(PLAIN, [1]).job)
+        run(running, Told(PLAIN, [2]))
+        assert running.submit(Told(PLAIN, [1]).job) > 2 * first  # 4 calls; the last of them took 0.5 s longer
+
+    def test_who_waits_with_others_takes_calls_as_large_as_theirs(self, sampler: PictureSampler) -> None:
+        running = StepEngine(sampler, {1: 1.0, 8: 5.0}, 64)
+        assert running.submit(Told(PLAIN, [1]).job) == pytest.approx(4 * 1.0)
+        assert running.submit(Told(PLAIN, [2]).job) == pytest.approx(4 * 5.0)
+
+    def test_nobody_makes_anothers_calls_too_large_for_its_deadline(self, sampler: PictureSampler) -> None:
+        running = StepEngine(sampler, {1: 1.0, 8: 5.0}, 64)
+        running.submit(Told(PLAIN, [1], deadline=time.monotonic() + 6).job)
+        with pytest.raises(Refused, match="^an earlier request's deadline could not be kept"):
+            running.submit(Told(PLAIN, list(range(8))).job)
 
     def test_one_step_after_the_other_takes_its_time(self, sampler: PictureSampler) -> None:
         running = engine(sampler, 1, 8, seconds=1.0)
