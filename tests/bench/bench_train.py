@@ -1,15 +1,19 @@
 """How fast training is.
 
     python tests/bench/bench_train.py matmul [rounds] [threads]     12 rounds of two threads; needs a C++ compiler
+    python tests/bench/bench_train.py allocator [rounds]            3 rounds
 
 matmul: a step of DiT-S/2 beside the machine's own bf16 matmul.
+allocator: the same step (bf16, eager) with glibc's malloc as it is and as `import ldm` sets it, processes in turn.
 
 All sides take turns in one process; the first round warms up; figures are medians, ratios are medians of the rounds'
 ratios. With one thread its CPU seconds are counted, so that other work on the machine hardly does.
 """
 
 import os
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -40,6 +44,24 @@ def matmul(rounds: int = 12, threads: int = 2) -> None:
             sides[name]()
             print(f"{name:13} first step {time.perf_counter() - started:6.1f} s", flush=True)
     report(take_turns(sides, rounds, threads), flop_per_image())
+
+
+def allocator(rounds: int = 3) -> None:
+    for _ in range(rounds):
+        for name, said in (("glibc's own", {"GLIBC_TUNABLES": ""}), ("ldm's", {})):  # said: then ldm changes nothing
+            print(f"{name:12}", end="", flush=True)
+            subprocess.run([sys.executable, __file__, "step"], env={**os.environ, **said}, check=True)
+
+
+def step(steps: int = 10) -> None:
+    torch.set_num_threads(2)
+    side = training_step("bf16", compiled=False)
+    take_turns({"step": side}, 1, 2, quiet=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    seconds = take_turns({"step": side}, steps, 2, quiet=True)["step"]
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    faults = (usage.ru_minflt - before) / (steps + 1)
+    print(f"{statistics.median(seconds):.3f} s a step, {faults:,.0f} page faults, peak {usage.ru_maxrss // 1024:,} MiB")
 
 
 def report(seconds: Seconds, image: int) -> None:
@@ -93,7 +115,7 @@ def flop_per_image() -> int:
     return 3 * counter.get_total_flops()
 
 
-def take_turns(sides: dict[str, Callable[[], object]], rounds: int, threads: int) -> Seconds:
+def take_turns(sides: dict[str, Callable[[], object]], rounds: int, threads: int, *, quiet: bool = False) -> Seconds:
     clock = time.thread_time if threads == 1 else time.perf_counter
     seconds: Seconds = {name: [] for name in sides}
     for number in range(rounds + 1):
@@ -102,9 +124,10 @@ def take_turns(sides: dict[str, Callable[[], object]], rounds: int, threads: int
             side()
             if number:
                 seconds[name].append(clock() - started)
-    print(f"{rounds} rounds, {threads} threads, load {os.getloadavg()[0]:.1f}")
+    if not quiet:
+        print(f"{rounds} rounds, {threads} threads, load {os.getloadavg()[0]:.1f}")
     return seconds
 
 
 if __name__ == "__main__":
-    {"matmul": matmul}[sys.argv[1]](*map(int, sys.argv[2:]))
+    {"matmul": matmul, "allocator": allocator, "step": step}[sys.argv[1]](*map(int, sys.argv[2:]))
