@@ -14,6 +14,8 @@ import asyncio
 import contextlib
 import io
 import logging
+import os
+import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -36,6 +38,7 @@ from pipelines.serve.catalog import Catalog, Version
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.requests import BulkRequest, SamplesRequest
 
+_NICE = 10
 _log = logging.getLogger("ldm.serve")
 Observe = Callable[[str, float], None]
 """(name of a metric, value): see `pipelines.serve.metrics`."""
@@ -244,6 +247,9 @@ class Replica:
 
     def _step_all(self) -> None:
         torch.set_num_threads(self._num_threads)
+        if self.device == "cpu" and sys.platform == "linux":
+            # This thread, and those of OpenMP that it starts: what answers requests needs a core for a moment only.
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while not self._stopped.is_set():
             self._wake.clear()
             for model in list(self._models.values()):
