@@ -3,7 +3,7 @@
 As in Kaplan et al. 2020 (arXiv 2001.08361) and, with c, Hoffmann et al. 2022 (arXiv 2203.15556, equation 2).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -30,19 +30,24 @@ class PowerLaw:
     low: float | None
     high: float | None
     points: int
-    centre: float
-    """The geometric mean of x, around which the curve turns when b changes."""
+    draws: Floats = field(repr=False)
+    """(m, 3): a, b and c of each resample; m is 0 where there is no interval."""
 
     def __call__(self, x: npt.ArrayLike) -> Floats:
         return np.asarray(self.a * np.asarray(x, np.float64) ** -self.b + self.c)
 
+    @property
+    def about(self) -> dict[str, float | int | None]:
+        """As plain values."""
+        return {"a": self.a, "b": self.b, "b_low": self.low, "b_high": self.high, "c": self.c, "points": self.points}
+
     def band(self, x: npt.ArrayLike) -> tuple[Floats, Floats] | None:
-        """(least, most) of the curve at x, were b anywhere in its interval; None without one."""
-        if self.low is None or self.high is None:
+        """The 95% interval of the curve at each x (n,): least (n,), most (n,); None where there is none."""
+        if not len(self.draws):
             return None
-        ratio, at_centre = np.asarray(x, np.float64) / self.centre, self(self.centre) - self.c
-        ends = [at_centre * ratio**-b + self.c for b in (self.low, self.high)]
-        return np.minimum(*ends), np.maximum(*ends)
+        a, b, c = self.draws.T[:, :, None]
+        low, high = np.quantile(a * np.asarray(x, np.float64) ** -b + c, [0.025, 0.975], axis=0)
+        return low, high
 
     def __str__(self) -> str:
         interval = "no interval" if self.low is None else f"{self.low:.3g} to {self.high:.3g}"
@@ -67,13 +72,15 @@ def fit_power_law(x: npt.ArrayLike, y: npt.ArrayLike, *, with_floor: bool, seed:
     scale = np.exp(np.log(x).mean())  # so that a and c are of one size
     a, b, c = (values[0] for values in _fit(x / scale, y[None], with_floor))
     low = high = None
+    draws = np.empty((0, 3))
     if free > 0:
         fitted = a * (x / scale) ** -b + c
         residuals = (y / fitted - 1) * np.sqrt(len(x) / free)
         rows = np.random.Generator(np.random.Philox(seed)).integers(0, len(x), (_RESAMPLES, len(x)))
-        redrawn = fitted * np.maximum(1 + residuals[rows], 1e-9)
-        low, high = (float(q) for q in np.quantile(_fit(x / scale, redrawn, with_floor)[1], [0.025, 0.975]))
-    return PowerLaw(float(a * scale**b), float(b), float(c), low, high, len(x), float(scale))
+        all_a, all_b, all_c = _fit(x / scale, fitted * np.maximum(1 + residuals[rows], 1e-9), with_floor)
+        low, high = (float(q) for q in np.quantile(all_b, [0.025, 0.975]))
+        draws = np.stack([all_a * scale**all_b, all_b, all_c], axis=1)
+    return PowerLaw(float(a * scale**b), float(b), float(c), low, high, len(x), draws)
 
 
 def _fit(x: Floats, y: Floats, with_floor: bool) -> tuple[Floats, ...]:

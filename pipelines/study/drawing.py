@@ -51,17 +51,16 @@ class Drawer:
         self,
         snapshot: str,
         config: StudyConfig,
-        quality: Quality | None,
         threads: int,
         denoiser_type: str | None = None,
         precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         cluster.use_threads(threads)
-        self.config, self.quality = config, quality
+        self.config = config
         self.sampler = load_sampler(snapshot, config.batch_size, config.device, denoiser_type, precision)
         self._warm: set[bool] = set()
 
-    def draw(self, name: str, settings: Mapping[str, Any]) -> tuple[str, Drawn]:
+    def draw(self, name: str, settings: Mapping[str, Any], quality: Quality | None) -> tuple[str, Drawn]:
         """(name, the pictures of the study's seeds). settings: those of a `SamplerConfig`."""
         sampler, config = self.sampler, validate(SamplerConfig, settings)
         count = self.config.num_images
@@ -71,7 +70,7 @@ class Drawer:
         started = time.perf_counter()
         pixels = sampler.draw(labels, seeds, config)  # ends on the CPU, so that nothing is under way
         seconds = time.perf_counter() - started
-        figures = self.quality.figures(pixels, labels) if self.quality else {}
+        figures = quality.figures(pixels, labels) if quality else {}
         first, device = pixels[:SHOWN].numpy(), device_name(sampler)
         return name, Drawn(seconds, figures, first, device, torch.get_num_threads())
 
@@ -113,10 +112,11 @@ def draw_all(
         num_cpus=resources["CPU"], num_gpus=resources.get("GPU", 0), max_restarts=2, max_task_retries=2
     )
     shared = ray.put(quality)
-    actors = [actor.remote(snapshot, config, shared, threads, **options) for _ in range(workers)]
+    actors = [actor.remote(snapshot, config, threads, **options) for _ in range(workers)]
     try:
         yield from ActorPool(actors).map_unordered(
-            lambda worker, cell: worker.draw.remote(cell[0], cell[1].model_dump(mode="json")), list(cells.items())
+            lambda worker, cell: worker.draw.remote(cell[0], cell[1].model_dump(mode="json"), shared),
+            list(cells.items()),
         )
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -48,7 +48,7 @@ def plots_of(rows: Sequence[Row], laws: Mapping[str, PowerLaw]) -> dict[str, byt
         order = np.argsort(x)
         series: dict[str, Any] = {"front" if key == "compute" else "measured": (np.array(x)[order], np.array(y)[order])}
         if key == "compute":
-            series |= {r["name"]: ([p["flops"] for p in r["curve"]], [p["loss"] for p in r["curve"]]) for r in rows}
+            series |= _curves(rows)
         if law := laws.get(key):
             series |= {f"fit: b = {law.b:.2g}": _curve(law, x)}
         figures[f"{key}.png"] = plots.line(
@@ -59,6 +59,13 @@ def plots_of(rows: Sequence[Row], laws: Mapping[str, PowerLaw]) -> dict[str, byt
             _quality(rows), "training FLOPs", rows[0]["features"], "Quality against compute", log_x=True, log_y=True
         )
     return figures
+
+
+def _curves(rows: Sequence[Row]) -> dict[str, Any]:
+    """The loss of each model on the largest share, while it is trained."""
+    most = max(row["fraction"] for row in rows)
+    of = {row["name"]: row["curve"] for row in rows if row["fraction"] == most}
+    return {name: ([p["flops"] for p in curve], [p["loss"] for p in curve]) for name, curve in of.items()}
 
 
 def _curve(law: PowerLaw, x: Sequence[float]) -> tuple[Any, ...]:

@@ -7,7 +7,7 @@ language, and Peebles & Xie 2022 (arXiv 2212.09748, figures 8 and 9) for DiTs by
 import contextlib
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from pydantic import Field, field_validator
 
@@ -174,7 +174,7 @@ def _outcome(config: ScalingConfig, todo: Plan, tracker: Tracker, before: Sequen
     names = [arm.name for arm in todo.todo]
     figures = plots_of(found, laws) | ({"grid.png": strips_grid(todo.arms, names)} if todo.shards else {})
     rows = [{key: value for key, value in row.items() if key not in ("curve", "validated_on")} for row in found]
-    summary = {**{key: str(law) for key, law in laws.items()}, "laws": {k: asdict(law) for k, law in laws.items()}}
+    summary = {**{key: str(law) for key, law in laws.items()}, "laws": {key: law.about for key, law in laws.items()}}
     return write_outcome(todo.arms, tracker, rows, summary, figures, names, len(before))
 
 

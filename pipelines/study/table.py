@@ -10,9 +10,18 @@ from ldm import storage
 Row = dict[str, Any]
 
 
+_FIRST = (
+    *("name", "space", "image_size", "latent_shape", "size", "fraction", "sampler", "eta", "guidance_scale", "steps"),
+    *("loss", "fd", "floor", "accuracy", "accuracy_low", "accuracy_high", "seconds_per_picture", "pareto"),
+    *("train_images_per_second", "peak_memory_gb", "activation_mb_per_image", "train_seconds", "parameters", "samples"),
+)
+"""What an arm is, and what was asked of it; the rest comes after."""
+
+
 def columns(rows: Sequence[Row]) -> list[str]:
-    """All keys, in the order in which they first come."""
-    return list(dict.fromkeys(key for row in rows for key in row))
+    """All keys of all rows."""
+    found = dict.fromkeys(key for row in rows for key in row)
+    return [key for key in _FIRST if key in found] + [key for key in found if key not in _FIRST]
 
 
 def write_tables(output: str, rows: Sequence[Row], about: Row) -> None:

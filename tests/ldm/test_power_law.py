@@ -48,6 +48,15 @@ def test_the_interval_covers_the_truth(with_floor: bool) -> None:
     assert np.median(widths) < 0.1
 
 
+def test_the_band_of_the_curve_holds_the_curve_and_the_points() -> None:
+    y = (20 * X**-0.2 + 0.1) * (1 + np.random.default_rng(2).normal(0, 0.01, len(X)))
+    law = fit_power_law(X, y, with_floor=True)
+    assert law is not None
+    low, high = law.band(X) or (X, X)
+    assert (low <= law(X)).all() and (law(X) <= high).all()
+    assert ((high - low) / law(X) < 0.1).all() and (low < y).sum() >= 6 <= (y < high).sum()
+
+
 def test_too_few_points_say_so() -> None:
     assert fit_power_law([2.0, 2.0], [1.0, 1.1], with_floor=False) is None
     law = fit_power_law([1.0, 10.0], [1.0, 0.1], with_floor=True)  # no floor from two points
@@ -55,6 +64,7 @@ def test_too_few_points_say_so() -> None:
         law is not None
         and (law.b, law.c) == (pytest.approx(1, abs=1e-4), 0)
         and law.low is None
+        and law.band([3.0]) is None
         and "no interval" in str(law)
     )
     with pytest.raises(ValueError, match="above 0"):
