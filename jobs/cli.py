@@ -31,6 +31,7 @@ STAGES = {
     "sample": "a snapshot to pictures, on this machine",
     "serve": "a snapshot behind HTTP, with Ray Serve",
     "evaluate": "a snapshot measured against reference pictures, through Ray Serve",
+    "study": "many settings, spaces or sizes compared, on Ray: sweep, latent-vs-pixel or scaling",
 }
 SUBMIT = "a stage as a job on a Ray cluster: ldm submit STAGE [--address URL] [--no-wait] …"
 CONFIGS = Path(__file__).parent / "configs"
@@ -86,8 +87,9 @@ def stage_module(verb: str) -> ModuleType:
     In place of its text, dry_run may return a report whose str() is the text.
 
     It may have POSITIONAL, the key that arguments without `=` are the value of, and show(report) -> text for a person;
-    or FORMS, where a key among the arguments chooses the configuration: {key: (StageConfig, POSITIONAL)}; or SWITCHES,
-    options that stand for another configuration: {name: StageConfig}.
+    or FORMS, where a key among the arguments chooses the configuration: {key: (StageConfig, POSITIONAL)}; or KINDS,
+    where their first word does: {word: StageConfig}; or SWITCHES, options that stand for another configuration:
+    {name: StageConfig}.
     """
     if verb not in STAGES:
         near = difflib.get_close_matches(verb, [*STAGES, "submit"], n=1)
@@ -101,7 +103,7 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
 
     None in place of it where nothing is to be run: --help, --print-config and --dry-run are answered here.
     """
-    forms, others = _forms(stage_module(verb)), switches(verb)
+    forms, kinds, others = _forms(stage_module(verb)), _kinds(verb), switches(verb)
     parser = Parser(prog=f"ldm {verb}", add_help=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("--config", action="append", default=[])
@@ -114,8 +116,12 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
         parser.add_argument(f"--{name}", action="store_const", const=name, dest="switch", default=None)
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_intermixed_args(list(arguments))
+    options.kind = _take_kind(verb, kinds, options)
+    if options.kind:
+        kinds, forms = {options.kind: kinds[options.kind]}, {"": (kinds[options.kind], None)}
     if options.help:
-        pages = [_stage_help(verb, model, main_key) for model, main_key in forms.values()]
+        pages = [_stage_help(f"{verb} {kind}", model, None) for kind, model in kinds.items()]
+        pages = pages or [_stage_help(verb, model, main_key) for model, main_key in forms.values()]
         print("\n\n".join(pages + [_stage_help(f"{verb} --{name}", model, None) for name, model in others.items()]))
         return options, None
     if getattr(options, "switch", None):
@@ -144,6 +150,25 @@ def _forms(stage: ModuleType) -> dict[str, tuple[type[Config], str | None]]:
     """The configurations of a stage, and the main key of each; most have one."""
     forms: dict[str, tuple[type[Config], str | None]] = getattr(stage, "FORMS", {})
     return forms or {"": (stage.StageConfig, getattr(stage, "POSITIONAL", None))}
+
+
+def _kinds(verb: str) -> dict[str, type[Config]]:
+    """The configurations of a stage that the first word of the arguments chooses among."""
+    found: dict[str, type[Config]] = getattr(stage_module(verb), "KINDS", {})
+    return found
+
+
+def _take_kind(verb: str, kinds: dict[str, type[Config]], options: argparse.Namespace) -> str | None:
+    """Takes the kind out of the arguments. None where the stage has none, or for --help. Raises RequestError."""
+    word = next((text for text in options.overrides if "=" not in text), None) if kinds else None
+    if word in kinds:
+        options.overrides.remove(word)
+        return word
+    if kinds and not (options.help and word is None):
+        near = difflib.get_close_matches(word or "", list(kinds), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"see 'ldm {verb} --help'"
+        raise RequestError(f"ldm {verb}{f' {word}' if word else ''}: give one of {', '.join(kinds)}; {hint}")
+    return None
 
 
 def switches(verb: str) -> dict[str, type[Config]]:
@@ -218,7 +243,7 @@ def _overview() -> str:
 
 
 def _stage_help(verb: str, model: type[Config], main_key: str | None) -> str:
-    of_its_own = " --" in verb or hasattr(stage_module(verb), "FORMS")
+    of_its_own = " " in verb or hasattr(stage_module(verb), "FORMS")
     purpose = (model.__doc__ or "").splitlines()[0] if of_its_own else STAGES[verb] + "."
     place = f" {main_key.upper()}" if main_key else ""
     preview = " [--preview FILE]" if "preview" in model.model_fields else ""

@@ -24,7 +24,7 @@ from ldm.autoencoder import is_name
 from ldm.config import Config, RequestError, fields
 from pipelines.progress import say
 
-SUBMITTABLE = ("encode", "verify", "train", "sample", "evaluate")
+SUBMITTABLE = ("encode", "verify", "train", "sample", "evaluate", "study")
 _PACKAGES = ("ldm", "pipelines", "jobs")
 _FORWARDED = (
     "MLFLOW_TRACKING_URI",
@@ -56,13 +56,14 @@ def main(arguments: Sequence[str]) -> int:
     if options.address is None:
         raise RequestError("--address: missing; give --address http://HEAD:8265, or set RAY_ADDRESS")
     python = options.python or (sys.executable if _is_this_machine(options.address) else "python3")
+    kind = f" {stage_options.kind}" if stage_options.kind else ""
     switch = f" --{stage_options.switch}" if getattr(stage_options, "switch", None) else ""
     client = _connect(options.address)
     job_id = f"ldm-{options.stage}-{time.strftime('%m%d-%H%M%S')}-{uuid.uuid4().hex[:4]}"
     with tempfile.TemporaryDirectory() as folder:
         _pack(Path(folder), config)
         client.submit_job(
-            entrypoint=f"{python} -m jobs.{options.stage}{switch} --config config.yaml --json",
+            entrypoint=f"{python} -m jobs.{options.stage}{kind}{switch} --config config.yaml --json",
             submission_id=job_id,
             runtime_env={
                 "working_dir": folder,

@@ -135,6 +135,13 @@ def is_held_out(ids: npt.NDArray[np.int64], share: float) -> npt.NDArray[np.bool
     return random.uniform(0, "holdout", torch.from_numpy(np.array(ids, np.int64)), 0).numpy() < share
 
 
+def hashed_between(manifest: Manifest, low: float, high: float) -> npt.NDArray[np.int64]:
+    """The ids of the pictures whose hash, which `is_held_out` goes by, is in [low, high): shares that are nested."""
+    tables = (_read_columns(manifest, row, ["picture"]) for row in range(len(manifest.counts)))
+    ids = np.unique(np.concatenate([table["picture"].to_numpy() for table in tables]))
+    return ids[is_held_out(ids, high) & ~is_held_out(ids, low)]
+
+
 def read_ids(url: str) -> frozenset[int]:
     """The ids of a list: one number a line, `#` begins a remark. Raises RequestError."""
     try:

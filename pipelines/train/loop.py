@@ -84,6 +84,7 @@ class Worker:
         self.saver = self._build_saver()
         self.step, self.batches_read = 0, 0
         self.loss: float | None = None
+        self.point: dict[str, float] = {}  # the newest of the log
         self._resume(origin)
         times.done("checkpoint")
         self.first_step = self.step
@@ -127,6 +128,8 @@ class Worker:
             "images_seen": self.images_seen,
             "loss": self.loss,
             "images_per_second": round(images / (time.monotonic() - started), 2),
+            "steady_images_per_second": self.point.get("perf/images_per_second"),
+            "peak_memory_gb": self.point.get("perf/memory_gb"),
         }
 
     def _next(self, batches: Iterator[LatentBatch]) -> LatentBatch:
@@ -206,7 +209,7 @@ class Worker:
 
     def _log(self) -> None:
         """A point in MLflow: means over ranks and over the steps since the last point."""
-        point = self.meter.point(self.device)
+        point = self.point = self.meter.point(self.device)
         self.loss = point.get("train/loss", self.loss)
         rate = learning_rate(self.config, self.images_seen)
         counts = {

@@ -35,7 +35,11 @@ from pipelines.train.workers import check_cluster, possible_worlds, run_workers
 
 @dataclass(frozen=True)
 class TrainReport:
-    """What scripts may rely on. loss: mean since the last point of the log; None where no step was applied."""
+    """What scripts may rely on. loss: mean since the last point of the log; None where no step was applied.
+
+    steady_images_per_second: since the last point of the log but one, so without the start, validation and the last
+    checkpoint; None where nothing was trained. peak_memory_gb: of rank 0's GPU, or of its whole process on a CPU.
+    """
 
     snapshot: str
     checkpoint: str
@@ -44,6 +48,8 @@ class TrainReport:
     loss: float | None
     images_per_second: float
     run_id: str | None
+    steady_images_per_second: float | None = None
+    peak_memory_gb: float | None = None
 
 
 @dataclass(frozen=True)

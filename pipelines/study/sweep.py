@@ -1,0 +1,244 @@
+"""`ldm study sweep`: one model, drawn with every combination of steps, η, guidance and sampler.
+
+The question of the DDIM paper's table 1 (arXiv 2010.02502), on the user's own model: what does a step more buy?
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ldm import storage
+from ldm.config import Location, RequestError, validate
+from ldm.plan import Sampler, SamplerConfig, SamplingPlan, Spacing, make_plan
+from ldm.sampling import check_guidance
+from ldm.snapshot import Snapshot, read_snapshot
+from ldm.steps import Eta
+from pipelines import cluster, lineage, plots
+from pipelines.progress import Progress, say
+from pipelines.study.arms import Arms
+from pipelines.study.config import StudyConfig, Values
+from pipelines.study.drawing import draw_all
+from pipelines.study.forecast import drawing_seconds
+from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
+from pipelines.study.quality import Quality, default_device, make_quality
+from pipelines.study.reference import check_classes, find_reference
+from pipelines.study.table import Row
+
+STUDY = "sweep"
+_AXES = {"sampler": "sampler", "eta": "eta", "guidance_scale": "guidance_scale", "steps": "num_inference_steps"}
+"""Keys of the study, and of a `SamplerConfig`; the last one varies fastest."""
+_ACCURACY = ("accuracy", "accuracy_low", "accuracy_high")
+_REQUEST = ("num_images", "features", "holdout", "max_reference", "seed", "batch_size", "spacing", "precision")
+
+
+class SweepConfig(StudyConfig):
+    """Sweeps the sampler's settings on one snapshot: quality against steps and against seconds."""
+
+    snapshot: Location = Field(description="what `ldm train` wrote: a snapshot directory or URL")
+    reference: Location | tuple[Location, ...] = Field(
+        description="image shards that the model was trained on: path, URL, glob, comma set or brace range"
+    )
+    output: Location = Field(
+        "study-sweep", description="directory or URL; run again, what is done there is not done again"
+    )
+    steps: Values[int] = Field((10, 25, 50), description="sampling steps, several")
+    eta: Values[Eta] = Field((0.0,), description="of ddim, several: 0 to 1, or sigma_hat")
+    guidance_scale: Values[float] = Field((1.0,), description="classifier-free guidance, several; 1: none")
+    sampler: Values[Sampler] | None = Field(
+        None, description="several of ddim, ddpm, dpmpp_2m; of a flow euler, heun. null: ddim, or euler"
+    )
+    spacing: Spacing | None = Field(None, description="of the timesteps, of all; null: as `ldm sample` has it")
+    num_workers: int = Field(1, gt=0, description="Ray workers; one combination at a time on each, which is timed")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="what the denoiser computes in")
+    denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What will be drawn. left_out: combinations that cannot be, or are the same as others, with the reason."""
+
+    snapshot: Snapshot
+    shards: dict[str, str]
+    sizes: dict[str, int]
+    cells: dict[str, SamplerConfig]
+    left_out: list[str]
+    arms: Arms
+
+    @property
+    def done(self) -> list[str]:
+        return [name for name in self.cells if self.arms.done(name)]
+
+
+def plan(config: SweepConfig) -> SweepPlan:
+    """Checks the whole request without weights and without Ray. Raises RequestError."""
+    snapshot = read_snapshot(config.snapshot)
+    check_classes(config, snapshot.conditioning.num_classes)
+    urls, sizes = find_reference(config.reference)
+    cells, left_out = combinations(config, snapshot)
+    request = {
+        "weights_sha256": snapshot.weights_sha256,
+        "reference": lineage.image_dataset(sizes).digest,
+        **config.model_dump(mode="json", include=set(_REQUEST)),
+    }
+    return SweepPlan(snapshot, urls, sizes, cells, left_out, Arms(config.output, STUDY, request))
+
+
+def dry_run(config: SweepConfig) -> StudyPlan:
+    """Checks the request; the combinations, and about how long they take."""
+    todo = plan(config)
+    missing = [settings for name, settings in todo.cells.items() if name not in todo.done]
+    seconds, note = drawing_seconds(todo.snapshot, missing, config.num_images, config.num_workers)
+    return StudyPlan(STUDY, list(todo.cells), todo.done, seconds, [*todo.left_out, note])
+
+
+def run(config: SweepConfig) -> StudyReport:
+    """Draws and measures what is missing; then the table, the plots and the grid of all. Raises RequestError."""
+    todo = plan(config)
+    for line in todo.left_out:
+        say(f"study: {line}")
+    arms, before = todo.arms, len(todo.done)
+    with study_run(config, arms) as tracker:
+        tracker.used_model(todo.snapshot)
+        tracker.dataset(lineage.image_dataset(todo.sizes), "reference")
+        if before < len(todo.cells):
+            before = _draw_missing(config, todo)
+        rows = _rows(todo)
+        figures = {**_plots(rows), "grid.png": strips_grid(arms, [row["name"] for row in rows])}
+        return write_outcome(arms, tracker, rows, _summary(rows), figures, list(todo.cells), before)
+
+
+def _draw_missing(config: SweepConfig, todo: SweepPlan) -> int:
+    """Returns the number of combinations that were there before, and stay."""
+    quality = make_quality(config, todo.shards, todo.snapshot, lambda: todo.snapshot.load_autoencoder(default_device()))
+    cells = {name: settings for name, settings in todo.cells.items() if not _stands(todo.arms.done(name), quality)}
+    cells = dict(sorted(cells.items(), key=lambda cell: cell[1].num_inference_steps))  # first what is soon done
+    before = len(todo.cells) - len(cells)
+    if before < len(todo.done):
+        say(f"study: {len(todo.done) - before} combinations were measured in other features, and are done again")
+    options = {"denoiser_type": config.denoiser_type, "precision": config.precision}
+    config = config.model_copy(update={"snapshot": storage.absolute(config.snapshot)})
+    with (
+        cluster.ray_session(),
+        Progress("study", len(todo.cells), "combinations", before) as progress,
+    ):
+        for name, drawn in draw_all(cells, config.snapshot, config, quality, config.num_workers, **options):
+            save_strip(todo.arms, name, drawn.first)
+            todo.arms.finish(name, {**_settings(todo.cells[name]), **drawn.row(config, quality)})
+            progress.advance(1, f"{name}: {quality.name} {drawn.figures['fd']:.4g}")
+    return before
+
+
+def combinations(config: SweepConfig, snapshot: Snapshot) -> tuple[dict[str, SamplerConfig], list[str]]:
+    """(settings by name, a line for each combination that is left out).
+
+    η is of ddim alone, say: a combination that cannot be is left out, and one that would draw the very pictures of
+    another. Raises RequestError, all in one line, for values that no combination can have.
+    """
+    axes: dict[str, Sequence[Any]] = {
+        "sampler": config.sampler or ("euler" if snapshot.diffusion_config.is_flow else "ddim",),
+        "eta": config.eta,
+        "guidance_scale": config.guidance_scale,
+        "steps": config.steps,
+    }
+    cells: dict[str, SamplerConfig] = {}
+    known: dict[tuple[SamplingPlan, float], str] = {}
+    refused: dict[tuple[Any, ...], str] = {}
+    for values in itertools.product(*(dict.fromkeys(axis) for axis in axes.values())):
+        asked = {_AXES[axis]: value for axis, value in zip(axes, values, strict=True)}
+        try:
+            settings = validate(SamplerConfig, {**asked, "spacing": config.spacing})
+            check_guidance(settings.guidance_scale, snapshot)
+            same = (make_plan(snapshot.diffusion_config, settings), settings.guidance_scale)
+        except RequestError as error:
+            refused[values] = str(error)
+            continue
+        if same in known:
+            refused[values] = f"draws what {known[same]} draws"
+            continue
+        known[same] = name = _name(settings)
+        cells[name] = settings
+    _check_values(axes, refused)
+    return cells, [f"left out: {_shown(axes, values)}: {why}" for values, why in refused.items()]
+
+
+def _check_values(axes: dict[str, Sequence[Any]], refused: dict[tuple[Any, ...], str]) -> None:
+    """Raises RequestError where all combinations of some value are refused: nothing would come of what was asked."""
+    reasons = []
+    for place, (axis, values) in enumerate(axes.items()):
+        others = math.prod(len(set(other)) for name, other in axes.items() if name != axis)
+        for value in dict.fromkeys(values):
+            why = [reason for combination, reason in refused.items() if combination[place] == value]
+            if len(why) == others:
+                reasons.append(f"{axis}={value}: {why[0]}" if why[0].startswith("draws") else why[0])
+    if reasons:
+        named = (reason.replace(f"{_AXES['steps']}=", "steps=", 1) for reason in dict.fromkeys(reasons))
+        raise RequestError("; ".join(named))
+
+
+def _stands(row: Row | None, quality: Quality) -> bool:
+    return row is not None and row["features"] == quality.name
+
+
+def _name(settings: SamplerConfig) -> str:
+    eta = settings.eta if isinstance(settings.eta, str) else f"eta{settings.eta:g}"
+    return f"{settings.sampler}-{eta}-g{settings.guidance_scale:g}-s{settings.num_inference_steps}"
+
+
+def _shown(axes: dict[str, Sequence[Any]], values: tuple[Any, ...]) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in zip(axes, values, strict=True))
+
+
+def _settings(settings: SamplerConfig) -> Row:
+    return {axis: getattr(settings, key) for axis, key in _AXES.items()}
+
+
+def _rows(todo: SweepPlan) -> list[Row]:
+    """The table of all combinations that are there, also of earlier commands, by settings; those are marked that no
+    other beats in both seconds and distance."""
+    found = {name: todo.arms.done(name) or {} for name in [*todo.cells, *todo.arms.names()]}
+    features = found[next(iter(todo.cells))]["features"]
+    rows = [{"name": name, **row} for name, row in found.items() if row.get("features") == features]
+    rows.sort(key=lambda row: (row["sampler"], str(row["eta"]), row["guidance_scale"], row["steps"]))
+    front = plots.pareto_front([row["seconds_per_picture"] for row in rows], [row["fd"] for row in rows])
+    return [{**row, "pareto": number in front} for number, row in enumerate(rows)]
+
+
+def _summary(rows: Sequence[Row]) -> dict[str, Any]:
+    best = min(rows, key=lambda row: float(row["fd"]))
+    return {
+        "features": best["features"],
+        "floor": best["floor"],
+        "best": best["name"],
+        "front": ", ".join(row["name"] for row in rows if row["pareto"]),
+    }
+
+
+def _plots(rows: Sequence[Row]) -> dict[str, bytes]:
+    """The distance against steps, with the floor, and against seconds, with the front; accuracy where there is one."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(f"{row['sampler']} η={row['eta']} g={row['guidance_scale']:g}", []).append(row)
+    features, steps = rows[0]["features"], sorted({row["steps"] for row in rows})
+    curves = {name: _columns(found, "steps", "fd") for name, found in lines.items()}
+    curves["floor (held-out pictures)"] = (steps, [rows[0]["floor"]] * len(steps))
+    clouds = {
+        name: (*_columns(found, "seconds_per_picture", "fd"), [f"{row['steps']} steps" for row in found])
+        for name, found in lines.items()
+    }
+    figures = {
+        "steps.png": plots.line(curves, "sampling steps", features, "Quality against steps", log_x=True),
+        "seconds.png": plots.scatter_front(clouds, "seconds a picture", features, "Quality against time", log_x=True),
+    }
+    if all("accuracy" in row for row in rows):
+        shares = {name: _columns(found, "steps", *_ACCURACY) for name, found in lines.items()}
+        title = "Pictures read as asked (95% interval)"
+        figures["accuracy.png"] = plots.line(shares, "sampling steps", "accuracy", title, log_x=True)
+    return figures
+
+
+def _columns(rows: Sequence[Row], *keys: str) -> Any:
+    return tuple([row[key] for row in rows] for key in keys)

@@ -1,0 +1,193 @@
+"""A sweep: what is drawn, what is refused before any work, and what is not done twice."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from ldm import metrics
+from ldm.classifier import Classifier
+from ldm.config import RequestError, parse
+from ldm.digits import load_digit_pictures, write_digit_shards
+from ldm.drawing import load_sampler
+from ldm.latents.manifest import Conditioning
+from ldm.plan import SamplerConfig
+from ldm.sampling import resolve_labels
+from ldm.snapshot import read_snapshot
+from ldm.storage import write_json
+from pipelines.study import sweep
+from pipelines.study.sweep import SweepConfig
+from tests.pipelines.tiny_snapshot import write_tiny_snapshot
+from tests.pipelines.training import tracked
+
+SMALL: dict[str, Any] = {
+    "features": "vae",
+    "num_images": 12,
+    "batch_size": 8,
+    "max_reference": 120,
+    "holdout": 0.2,
+    "device": "cpu",
+    "tracking": {"enabled": False},
+    "steps": "3,5",
+    "eta": "0,1",
+    "sampler": "ddim,dpmpp_2m",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A snapshot of ten classes, and digits."""
+    place = tmp_path_factory.mktemp("sweep")
+    write_tiny_snapshot(place / "snapshot")
+    write_digit_shards(place / "digits", shards=8)
+    return place
+
+
+def config(place: Path, output: Path, **changes: Any) -> SweepConfig:
+    where = {"snapshot": str(place / "snapshot"), "reference": f"{place}/digits/*.tar", "output": str(output)}
+    return parse(SweepConfig, [("test", {**SMALL, **where, **changes})])
+
+
+class TestCombinations:
+    def asked(self, place: Path, **changes: Any) -> tuple[list[str], list[str]]:
+        found, left_out = sweep.combinations(
+            config(place, place / "nothing", **changes), read_snapshot(str(place / "snapshot"))
+        )
+        return list(found), left_out
+
+    def test_every_one_once_and_what_cannot_be_is_told(self, place: Path) -> None:
+        names, left_out = self.asked(place)
+        assert names == [
+            f"{how}-g1-s{steps}" for how in ("ddim-eta0", "ddim-eta1", "dpmpp_2m-eta0") for steps in (3, 5)
+        ]
+        assert left_out == [
+            f"left out: sampler=dpmpp_2m eta=1.0 guidance_scale=1.0 steps={steps}: "
+            "eta=1.0: sampler=dpmpp_2m is deterministic; leave it out"
+            for steps in (3, 5)
+        ]
+
+    def test_what_would_draw_the_same_pictures_is_drawn_once(self, place: Path) -> None:
+        """A single step into the clean picture has no noise, and DPM-Solver++ begins and ends with steps of DDIM."""
+        names, left_out = self.asked(place, steps="1,3", sampler="ddim,dpmpp_2m", eta="0,1")
+        assert names == ["ddim-eta0-g1-s1", "ddim-eta0-g1-s3", "ddim-eta1-g1-s3", "dpmpp_2m-eta0-g1-s3"]
+        assert [line for line in left_out if "draws what" in line] == [
+            f"left out: sampler={how} guidance_scale=1.0 steps=1: draws what ddim-eta0-g1-s1 draws"
+            for how in ("ddim eta=1.0", "dpmpp_2m eta=0.0")
+        ]
+
+    def test_the_axes_of_table_1(self, place: Path) -> None:
+        names, left_out = self.asked(
+            place, steps="10,20,50,100,1000", eta="0,0.2,0.5,1,sigma_hat", sampler="ddim", spacing="quadratic"
+        )
+        assert len(names) == 25 and not left_out and "ddim-sigma_hat-g1-s1000" in names
+
+    def test_values_that_nothing_can_have_are_refused_all_at_once(self, place: Path) -> None:
+        with pytest.raises(RequestError) as caught:
+            self.asked(place, steps="3,2000,4000", sampler="ddim,euler")
+        assert str(caught.value) == (
+            "sampler=euler: is for a flow; this model is a diffusion: use ddim, ddpm or dpmpp_2m; "
+            "steps=2000: must be 1 to 1000, the num_train_timesteps here; "
+            "steps=4000: must be 1 to 1000, the num_train_timesteps here"
+        )
+
+    def test_a_flow_has_its_own_sampler(self, place: Path, tmp_path: Path) -> None:
+        about = json.loads((place / "snapshot" / "snapshot.json").read_text())
+        about["diffusion"] |= {"schedule": "flow", "prediction_type": "velocity"}
+        write_json(str(tmp_path / "snapshot.json"), about)
+        asked = config(place, tmp_path, sampler=None, eta="0", steps="2")
+        assert list(sweep.combinations(asked, read_snapshot(str(tmp_path)))[0]) == ["euler-eta0-g1-s2"]
+
+
+def test_what_is_wrong_is_told_before_any_work(place: Path, tmp_path: Path) -> None:
+    write_tiny_snapshot(tmp_path / "blank", Conditioning())
+    blank = str(tmp_path / "blank")
+    for changes, line in [
+        ({"snapshot": blank, "features": "classifier"}, "features=classifier: the model is unconditional"),
+        ({"snapshot": blank, "guidance_scale": "3"}, "guidance_scale=3.0: the model is unconditional; must be 1"),
+        ({"reference": f"{place}/nothing.tar"}, "reference=.*nothing.tar: does not exist"),
+        ({"steps": "ten"}, "steps=ten: input should be a valid integer"),
+        ({"steps": []}, r"steps=\[\]: "),
+    ]:
+        with pytest.raises(RequestError, match=f"^{line}"):
+            sweep.plan(config(place, tmp_path / "out", **changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.ray
+def test_a_sweep_and_the_same_command_again(
+    ray_session: None, place: Path, tmp_path: Path, mlflow_folder: Path
+) -> None:
+    output, uri = tmp_path / "out", f"sqlite:///{mlflow_folder}/mlflow.db"
+    tracking = tracked(uri)
+    first = sweep.run(config(place, output, steps="3", eta="0", sampler="ddim", tracking=tracking))
+    assert (first.arms, first.skipped) == (1, 0)
+    wider = config(place, output, tracking=tracking)
+    planned = sweep.dry_run(wider)
+    assert planned.done == ["ddim-eta0-g1-s3"] and len(planned.arms) == 6 and planned.seconds is not None
+    untouched = (output / "arms" / "ddim-eta0-g1-s3.json").stat().st_mtime_ns
+    report = sweep.run(wider)
+    assert (report.arms, report.skipped, report.run_id) == (6, 1, first.run_id)
+    assert (output / "arms" / "ddim-eta0-g1-s3.json").stat().st_mtime_ns == untouched
+
+    _assert_the_figure_is_that_of_the_pictures(place, report.rows)
+    table = json.loads((output / "table.json").read_text())
+    assert table["rows"] == report.rows and table["request"]["num_images"] == 12
+    with open(output / "table.csv", newline="") as file:
+        assert [row["name"] for row in csv.DictReader(file)] == sorted(planned.arms)
+    assert (output / "table.md").read_text().count("\n") == 2 + 6
+    rows = report.rows
+    assert any(row["pareto"] for row in rows)
+    for row in rows:
+        beaten = any(o["fd"] < row["fd"] and o["seconds_per_picture"] < row["seconds_per_picture"] for o in rows)
+        assert row["pareto"] == (not beaten)
+    for name in ("steps.png", "seconds.png", "grid.png"):
+        assert Image.open(output / name).size > (100, 100)
+    artifacts = {file.path for file in MlflowClient(uri).list_artifacts(report.run_id)}
+    assert artifacts >= {"table.json", "steps.png", "seconds.png", "grid.png"}
+
+    again = sweep.run(wider)
+    assert (again.skipped, again.rows, again.run_id) == (6, rows, first.run_id)
+    # The table keeps what is there.
+    narrower = sweep.run(config(place, output, steps="3", eta="1", sampler="ddim", tracking=tracking))
+    assert (narrower.arms, narrower.skipped, narrower.rows) == (1, 1, rows)
+    with pytest.raises(RequestError, match=r"^output=.*: holds arms of another request \(num_images: 12 != 13\)"):
+        sweep.plan(config(place, output, num_images=13))
+    (output / "arms" / "ddim-eta0-g1-s3.json").write_bytes(b'{"half')
+    assert "ddim-eta0-g1-s3" not in sweep.dry_run(wider).done
+
+
+def _assert_the_figure_is_that_of_the_pictures(place: Path, rows: list[dict[str, Any]]) -> None:
+    """Drawn and measured here, by hand."""
+    snapshot = read_snapshot(str(place / "snapshot"))
+    row = next(row for row in rows if row["name"] == "ddim-eta1-g1-s3")
+    sampler = load_sampler(snapshot.url, 8, "cpu")
+    labels = resolve_labels(None, snapshot.conditioning, 12)
+    pixels = sampler.draw(labels, torch.arange(12), SamplerConfig(num_inference_steps=3, eta=1))
+    todo = sweep.plan(config(place, place / "nothing"))
+    quality = sweep.make_quality(
+        config(place, place / "nothing"), todo.shards, snapshot, lambda: snapshot.load_autoencoder("cpu")
+    )
+    assert row["features"] == quality.name and row["floor"] == pytest.approx(quality.floor)
+    assert row["fd"] == pytest.approx(quality.figures(pixels, labels)["fd"], rel=1e-3)
+    assert 0 < quality.floor < row["fd"]
+
+
+def test_the_classifier_counts_what_it_reads_right(place: Path) -> None:
+    pixels, labels = load_digit_pictures()
+    asked = config(place, place / "nothing", features="classifier", max_reference=700)
+    snapshot = read_snapshot(asked.snapshot)
+    quality = sweep.make_quality(asked, sweep.plan(asked).shards, snapshot, lambda: snapshot.load_autoencoder("cpu"))
+    assert isinstance(quality.features, Classifier)
+    good, bad = quality.figures(pixels[:300], labels[:300]), quality.figures(pixels[:300], (labels[:300] + 1) % 10)
+    assert good["accuracy_low"] <= good["accuracy"] <= good["accuracy_high"] and good["accuracy"] > 0.9
+    assert bad["accuracy"] < 0.05 and bad["fd"] == good["fd"]
+    noisy = torch.from_numpy(np.random.default_rng(0).integers(0, 256, pixels[:300].shape, dtype=np.uint8))
+    assert quality.figures(noisy, labels[:300])["fd"] > 5 * good["fd"]
+    statistics = [metrics.gaussian_statistics(quality.features.features(part)) for part in (pixels[:300], noisy)]
+    assert metrics.frechet_distance_of_gaussians(*statistics[0], *quality.train) == pytest.approx(good["fd"])
