@@ -85,7 +85,7 @@ def workers() -> list[int]:
 class TestOnRay:
     def test_a_killed_worker_loses_and_repeats_nothing(self, snapshot: str, tmp_path: Path) -> None:
         """1,001 pictures by two workers of which one is killed, then some of them by one: those of `ldm sample`."""
-        ray = {"through": "ray", "num_images": 1001, "batch_size": 10, "num_inference_steps": 4}
+        ray = {"through": "ray", "num_images": 1001, "batch_size": 10, "num_inference_steps": 2}
         config = asked(snapshot, tmp_path, num_workers=2, **ray)
         killer = Killer(tmp_path / "samples")
         killer.start()
