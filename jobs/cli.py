@@ -30,7 +30,7 @@ STAGES = {
     "train": "a latent dataset to snapshots, with DeepSpeed ZeRO under Ray Train; run again, it goes on",
     "sample": "a snapshot to pictures, on this machine",
     "serve": "a snapshot behind HTTP, with Ray Serve",
-    "evaluate": "a snapshot measured against reference pictures, through Ray Serve",
+    "evaluate": "a snapshot measured against reference pictures, drawn through Ray Serve or by workers on Ray",
     "study": "many settings, spaces or sizes compared, on Ray: sweep, latent-vs-pixel or scaling",
 }
 SUBMIT = "a stage as a job on a Ray cluster: ldm submit STAGE [--address URL] [--no-wait] …"

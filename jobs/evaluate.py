@@ -13,9 +13,9 @@ __all__ = ["StageConfig", "dry_run", "run"]
 
 
 def run(config: StageConfig) -> EvaluateReport:
-    """Evaluates through the deployment at `endpoint`, or through one that is started for it."""
+    """Evaluates through the deployment at `endpoint`, or one that is started for it; or by workers on Ray."""
     plan(config)  # before anything is started
-    if config.endpoint is not None:
+    if config.through == "ray" or config.endpoint is not None:
         return evaluate(config)
     served = ServeConfig(
         snapshot=config.snapshot,

@@ -4,7 +4,7 @@ import sys
 
 from jobs.cli import main
 from ldm.config import Config
-from ldm.sampling import SampleConfig as StageConfig
+from ldm.sample_config import SampleConfig as StageConfig
 from ldm.sampling import SampleReport, check, sample
 from pipelines.progress import Progress
 

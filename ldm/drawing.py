@@ -171,6 +171,11 @@ class PictureSampler:
         return torch.cat([rows, rows.new_zeros(self.batch_size - len(rows), *rows.shape[1:])]).to(self.device)
 
 
+def resolve_device(device: str) -> str:
+    """`auto` => "cuda" where this machine has a GPU, else "cpu"."""
+    return device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_sampler(
     url: str,
     batch_size: int,
@@ -184,9 +189,7 @@ def load_sampler(
     precision: of the denoiser's weights. compile: the denoiser by torch.compile, which on a CPU needs a C++ compiler;
     the same function, other last bits.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    snapshot = read_snapshot(url)
+    device, snapshot = resolve_device(device), read_snapshot(url)
     denoiser = snapshot.load_denoiser(device, denoiser_type)
     if precision == "bf16":
         denoiser = denoiser.bfloat16()

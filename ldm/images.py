@@ -20,7 +20,7 @@ The rules are part of the fingerprint of a latent dataset (`PICTURE_RULES`): cha
 import io
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
 from ldm.config import Config, RequestError
@@ -269,10 +270,12 @@ def _resize_and_crop(image: Image.Image, shape: tuple[int, int]) -> View:
     return View(np.frombuffer(pixels, np.uint8).reshape(3, h, w), box)
 
 
-def to_png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """uint8 (3, H, W) => PNG bytes."""
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, format="PNG")
+def to_png(pixels: npt.NDArray[np.uint8], text: Mapping[str, str] | None = None) -> bytes:
+    """uint8 (3, H, W) => PNG bytes, the same for the same arguments. text: its tEXt chunks, by keyword."""
+    buffer, chunks = io.BytesIO(), PngInfo()
+    for keyword, value in (text or {}).items():
+        chunks.add_text(keyword, value)
+    Image.fromarray(pixels.transpose(1, 2, 0)).save(buffer, format="PNG", pnginfo=chunks)
     return buffer.getvalue()
 
 

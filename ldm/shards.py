@@ -4,7 +4,7 @@ import hashlib
 import io
 import json
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, BinaryIO, cast
@@ -148,16 +148,14 @@ def shard_names(urls: list[str]) -> dict[str, str]:
     return named
 
 
-def write_shard(path: str, samples: list[RawSample]) -> None:
-    """Writes a WebDataset tar whose bytes depend on the samples alone."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+def write_shard(path: str, samples: Iterable[RawSample]) -> None:
+    """Writes a WebDataset tar whose bytes depend on the samples alone: whole, or none. Holds one sample at a time."""
+    with storage.writing(path) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for sample in samples:
             for extension, data in sample.members.items():
                 info = tarfile.TarInfo(f"{sample.key}.{extension}")
                 info.size, info.mode = len(data), 0o644
                 tar.addfile(info, io.BytesIO(data))
-    storage.write_bytes(path, buffer.getvalue())
 
 
 def read_class_names(url: str) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from ldm.storage.files import (
     to_json,
     write_bytes,
     write_json,
+    writing,
 )
 from ldm.storage.listing import exists, is_directory, list_dir, list_files, list_tree, size
 from ldm.storage.sources import FoundFile, expand, find, split_commas
@@ -63,4 +64,5 @@ __all__ = [
     "to_json",
     "write_bytes",
     "write_json",
+    "writing",
 ]

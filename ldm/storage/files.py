@@ -6,6 +6,7 @@ import json
 import mmap
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -125,6 +126,18 @@ def to_json(value: Any) -> bytes:
 
 def write_json(url: str, value: Any) -> None:
     write_bytes(url, to_json(value))
+
+
+@contextlib.contextmanager
+def writing(url: str) -> Iterator[BinaryIO]:
+    """A file to write to, of which only what stands in it at the end of the block is at `url`; nothing if it raises."""
+    with contextlib.ExitStack() as stack:
+        folder = None if is_local(url) else stack.enter_context(tempfile.TemporaryDirectory())
+        temporary = temporary_beside(url) if folder is None else Path(folder) / "whole"
+        stack.callback(temporary.unlink, missing_ok=True)
+        with temporary.open("wb") as handle:
+            yield handle
+        commit_file(temporary, url)
 
 
 def create(url: str, data: bytes) -> bool:

@@ -7,7 +7,7 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import IO, Any
 from urllib.parse import urlparse
 
@@ -27,7 +27,7 @@ class SamplesClient:
     """A client of one deployment. Raises RequestError where none answers, or it refuses the request.
 
     weights_sha256: of the model that is to draw, where it is served; else the default one. model: what draws (name,
-    snapshot, step, weights_sha256).
+    snapshot, step, weights_sha256). batch_size: rows in its largest call.
     """
 
     def __init__(self, endpoint: str, weights_sha256: str | None = None) -> None:
@@ -35,57 +35,47 @@ class SamplesClient:
         # A deployment on this machine is never reached by way of an HTTP proxy.
         local = urlparse(endpoint).hostname in ("127.0.0.1", "localhost", "::1")
         self._opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * local)
-        self.model = self._model(weights_sha256)
+        self.model, self.batch_size = self._model(weights_sha256)
 
-    def draw(
-        self,
-        labels: Tensor | None,
-        seeds: Tensor,
-        *,
-        progress: Callable[[int], None],
-        **settings: Any,
-    ) -> Tensor:
-        """labels, seeds: int64 (N,), labels None for an unconditional model => raw pixels uint8 (N, 3, H, W).
+    def draw(self, labels: Tensor | None, seeds: Tensor, **settings: Any) -> Iterator[Tensor]:
+        """labels, seeds: int64 (N,), labels None for an unconditional model => raw pictures uint8 (3, H, W) in order.
 
-        One stream, which goes on from where it broke off. settings: those of a `SamplerConfig`. progress: called with
-        the number of pictures done.
+        One stream, which goes on from where it broke off. settings: those of a `SamplerConfig`.
         """
-        pictures: list[Tensor] = []
-        tries = 0
-        while len(pictures) < len(seeds):
-            rest = slice(len(pictures), None)
+        done = tries = 0
+        while done < len(seeds):
             body: dict[str, Any] = {
                 **settings,
                 "model": self.model["name"],
-                "seeds": seeds[rest].tolist(),
+                "seeds": seeds[done:].tolist(),
                 "response_format": "npy",
             }
             if labels is not None:
-                body["labels"] = labels[rest].tolist()
-            before = len(pictures)
+                body["labels"] = labels[done:].tolist()
+            before = done
             try:
                 with self._open("/v1/bulk", body, _PICTURE_WITHIN_S) as answer:
                     for picture in _pictures(answer):
-                        pictures.append(picture)
-                        progress(len(pictures))
+                        done += 1
+                        yield picture
                 problem: Exception = ConnectionError(f"{self.endpoint}/v1/bulk: the answer broke off")
             except (OSError, http.client.HTTPException, tarfile.TarError, ValueError) as error:
                 if isinstance(error, RequestError):
                     raise
                 problem = ConnectionError(f"{self.endpoint}/v1/bulk: {error}")
-            tries = 0 if len(pictures) > before else tries + 1
+            tries = 0 if done > before else tries + 1
             if tries == _TRIES:
                 raise problem
             if tries:
                 time.sleep(2.0 ** (tries - 2))  # 0.5 s, then twice as long each time
-        return torch.stack(pictures)
 
-    def _model(self, weights_sha256: str | None) -> dict[str, Any]:
+    def _model(self, weights_sha256: str | None) -> tuple[dict[str, Any], int]:
         try:
             with self._open("/v1/models", None, _DESCRIBE_WITHIN_S) as answer:
-                models = json.loads(answer.read())["models"]  # the default one first
+                about = json.loads(answer.read())
+            models, limits = about["models"], about["limits"]  # the default one first
             model = next((model for model in models if model["weights_sha256"] == weights_sha256), models[0])
-            return {key: model[key] for key in _MODEL_KEYS}
+            return {key: model[key] for key in _MODEL_KEYS}, int(limits["batch_size"])
         except (OSError, ValueError, LookupError, TypeError) as error:  # or something else answers
             text = " ".join(str(error).split())[:160]
             raise RequestError(

@@ -1,23 +1,22 @@
 """The stage: reads the reference, draws from the deployment, measures, and writes report, grid and MLflow run."""
 
-import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from ldm import images, shards, storage
 from ldm.classifier import Classifier, train_classifier
 from ldm.config import Location, RequestError
+from ldm.labels import check_guidance
 from ldm.plan import SamplerConfig, make_plan
-from ldm.sampling import check_guidance, resolve_labels
 from ldm.snapshot import Snapshot, read_snapshot
 from pipelines import lineage
 from pipelines.evaluate import measures
-from pipelines.evaluate.client import SamplesClient
+from pipelines.evaluate.drawing import DrawingConfig, connect, draw
 from pipelines.evaluate.reference import Pictures, Reference, read_reference
 from pipelines.progress import Progress, say
 from pipelines.tracking import Tracker, TrackingConfig
@@ -25,15 +24,12 @@ from pipelines.tracking import Tracker, TrackingConfig
 _GRID_COLUMNS, _GRID_ROWS, _GRID_BAND = 10, 4, 8
 
 
-class EvaluateConfig(SamplerConfig):
-    """Measures a snapshot against reference pictures, drawing through a deployment."""
+class EvaluateConfig(DrawingConfig):
+    """Measures a snapshot against reference pictures."""
 
-    snapshot: Location = Field(description="what `ldm train` wrote: a snapshot directory or URL")
     reference: Location | tuple[Location, ...] = Field(
         description="image shards that the model was trained on: path, URL, glob, comma set or brace range"
     )
-    output: Location = Field("evaluation", description="directory or URL of report.json and grid.png")
-    num_images: int = Field(500, gt=1, description="number of pictures drawn, the classes in turn")
     features: Literal["classifier", "vae"] = Field(
         "classifier",
         description="what distances are taken in: a classifier trained on the reference, or the latents of the VAE",
@@ -42,24 +38,7 @@ class EvaluateConfig(SamplerConfig):
         0.1, ge=0, lt=1, description="share of the reference, by a hash of the id, that training held out too"
     )
     max_reference: int = Field(20_000, gt=1, description="reference pictures read at most, the first ones")
-    seed: int = Field(
-        0, ge=0, le=2**53 - 1, description="picture i has seed + i; also of the classifier and the intervals"
-    )
-    endpoint: str | None = Field(None, description="URL of a running deployment; null: one is started and stopped")
-    batch_size: int = Field(
-        32, gt=0, description="of the deployment that is started: rows in one call, two for a guided picture"
-    )
-    num_replicas: int = Field(1, gt=0, description="of the deployment that is started: replicas")
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where its replicas run")
-    denoiser_type: str | None = Field(None, description="package:Class, for a snapshot of your own denoiser class")
     tracking: TrackingConfig = TrackingConfig()
-
-    @field_validator("endpoint")
-    @classmethod
-    def _is_http(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError("is no URL of a deployment; give one such as http://127.0.0.1:8000")
-        return value
 
 
 @dataclass(frozen=True)
@@ -109,12 +88,12 @@ def plan(config: EvaluateConfig) -> EvaluatePlan:
 
 
 def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateReport:
-    """Measures the snapshot that the deployment at `endpoint` (else config.endpoint) serves.
+    """Measures the snapshot, drawing through the deployment at `endpoint` (else config.endpoint), or on Ray.
 
     The same figures for the same request, on one machine and number of threads. Raises RequestError.
     """
     todo = plan(config)
-    client = _connect(endpoint or config.endpoint, todo.snapshot)
+    client = connect(config, todo.snapshot, endpoint)
     reference = read_reference(todo.shards, todo.snapshot, config.holdout, config.max_reference)
     _check_reference(config, reference)
     name, folder = f"evaluate/{storage.name(config.snapshot)}", storage.join(config.output, "tracking")
@@ -122,9 +101,8 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
         tracker.used_model(todo.snapshot)
         tracker.dataset(lineage.image_dataset(todo.sizes), "reference")
         features = _features(config, todo.snapshot, reference)
-        started = time.monotonic()
-        samples = _draw(config, client, todo.snapshot)
-        rate = config.num_images / (time.monotonic() - started)
+        drawn = draw(config, todo.snapshot, client)
+        samples, rate = drawn.pictures, drawn.images_per_second
         say(f"evaluate: measures {len(samples):,} samples against {len(reference.train):,} training pictures")
         figures = _measure(config, samples, reference, features)
         grid = _grid(samples, reference, todo.snapshot)
@@ -146,17 +124,6 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
         report=report_url,
         images_per_second=round(rate, 2),
     )
-
-
-def _connect(endpoint: str | None, snapshot: Snapshot) -> SamplesClient:
-    """A client of a deployment that serves this very snapshot. Raises RequestError."""
-    if endpoint is None:
-        raise RequestError("endpoint=null: nothing is drawn from; give the URL that `ldm serve` prints")
-    client = SamplesClient(endpoint, snapshot.weights_sha256)
-    if client.model["weights_sha256"] != snapshot.weights_sha256:
-        other = f"{client.model['snapshot']} (step {client.model['step']})"
-        raise RequestError(f"endpoint={endpoint}: serves {other}, not snapshot={snapshot.url} (step {snapshot.step})")
-    return client
 
 
 def _check_reference(config: EvaluateConfig, reference: Reference) -> None:
@@ -187,19 +154,6 @@ def _features(config: EvaluateConfig, snapshot: Snapshot, reference: Reference) 
     accuracy = classifier.accuracy(holdout.pixels, holdout.labels)
     say(f"evaluate: the classifier reads {accuracy:.1%} of {len(holdout):,} held-out pictures right")
     return classifier
-
-
-def _draw(config: EvaluateConfig, client: SamplesClient, snapshot: Snapshot) -> Pictures:
-    labels = resolve_labels(None, snapshot.conditioning, config.num_images)
-    seeds = torch.arange(config.seed, config.seed + config.num_images)
-    with Progress("evaluate: sampling", config.num_images, "pictures") as progress:
-        pixels = client.draw(
-            labels,
-            seeds,
-            progress=progress.advance_to,
-            **config.model_dump(mode="json", include=set(SamplerConfig.model_fields)),
-        )
-    return Pictures(pixels, labels)
 
 
 def _measure(

@@ -13,9 +13,9 @@ from torch import Tensor
 from ldm import images
 from ldm.config import RequestError
 from ldm.drawing import Blend, Edit
+from ldm.labels import check_guidance, resolve_labels
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig
-from ldm.sampling import check_guidance, resolve_labels
 from ldm.snapshot import Snapshot
 
 MAX_SEED = 2**53 - 1

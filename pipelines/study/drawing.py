@@ -11,8 +11,8 @@ import torch
 
 from ldm.config import validate
 from ldm.drawing import PictureSampler, load_sampler
+from ldm.labels import resolve_labels
 from ldm.plan import SamplerConfig
-from ldm.sampling import resolve_labels
 from pipelines import cluster
 from pipelines.study.config import StudyConfig
 from pipelines.study.quality import Quality

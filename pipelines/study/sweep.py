@@ -13,8 +13,8 @@ from pydantic import Field
 
 from ldm import storage
 from ldm.config import Location, RequestError, validate
+from ldm.labels import check_guidance
 from ldm.plan import Sampler, SamplerConfig, SamplingPlan, Spacing, make_plan
-from ldm.sampling import check_guidance
 from ldm.snapshot import Snapshot, read_snapshot
 from ldm.steps import Eta
 from pipelines import cluster, lineage, plots

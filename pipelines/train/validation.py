@@ -16,9 +16,9 @@ from ldm import images, storage
 from ldm.autoencoder import load_autoencoder
 from ldm.config import RequestError
 from ldm.drawing import PictureSampler
+from ldm.labels import resolve_labels
 from ldm.latents.dataset import LatentDataset
 from ldm.plan import SamplerConfig, make_plan
-from ldm.sampling import resolve_labels
 from pipelines.train import zero
 from pipelines.train.config import TrainConfig, ValidationConfig
 from pipelines.train.ema import Ema

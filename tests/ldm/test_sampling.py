@@ -15,9 +15,10 @@ from ldm.config import RequestError, parse, validate
 from ldm.diffusion import DiffusionConfig
 from ldm.drawing import load_sampler
 from ldm.images import Buckets, PictureRules
+from ldm.labels import resolve_labels
 from ldm.latents.manifest import Conditioning, make_fingerprint
 from ldm.plan import SamplerConfig, make_plan
-from ldm.sampling import SampleConfig, check, resolve_labels, sample
+from ldm.sampling import SampleConfig, check, sample
 from ldm.snapshot import read_snapshot
 from tests.pictures import FRUIT, TINY_DIT, picture, write_tiny_snapshot
 

@@ -305,7 +305,7 @@ class TestClient:
         broken, rest = tar(pictures)[: 512 + 512 + 512], tar(pictures[1:])  # the first one, and no end
         answers = [(200, MODEL), (503, b'{"detail": "busy"}'), (0, b""), (200, broken), (200, rest)]
         with answering(answers) as (url, seen):
-            drawn = SamplesClient(url).draw(torch.tensor([1, 2]), torch.tensor([3, 4]), progress=lambda done: None)
+            drawn = torch.stack(list(SamplesClient(url).draw(torch.tensor([1, 2]), torch.tensor([3, 4]))))
         assert torch.equal(drawn, pictures)
         assert [path for path, _ in seen] == ["/v1/models"] + ["/v1/bulk"] * 4
         whole = {"model": "s", "labels": [1, 2], "seeds": [3, 4], "response_format": "npy"}
@@ -319,7 +319,7 @@ class TestClient:
     def test_a_refusal_is_not_tried_again(self) -> None:
         with answering([(200, MODEL), (422, b'{"detail": "eta=2: is too much"}')]) as (url, seen):
             with pytest.raises(RequestError, match=r"^eta=2: is too much$"):
-                SamplesClient(url).draw(None, torch.tensor([3]), progress=lambda done: None, eta=2)
+                next(SamplesClient(url).draw(None, torch.tensor([3]), eta=2))
             assert len(seen) == 2
 
 
@@ -328,7 +328,8 @@ MODEL = json.dumps(
         "models": [
             {"name": "s", "snapshot": "run/s", "step": 1, "weights_sha256": "0"},
             {"name": "other", "snapshot": "run/other", "step": 2, "weights_sha256": "1"},
-        ]
+        ],
+        "limits": {"batch_size": 16},
     }
 ).encode()
 

@@ -16,9 +16,9 @@ from ldm.classifier import Classifier
 from ldm.config import RequestError, parse
 from ldm.digits import load_digit_pictures, write_digit_shards
 from ldm.drawing import load_sampler
+from ldm.labels import resolve_labels
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig
-from ldm.sampling import resolve_labels
 from ldm.snapshot import read_snapshot
 from ldm.storage import write_json
 from pipelines.study import sweep
