@@ -22,13 +22,12 @@ def draw_from_quick_model(pixels: Tensor, autoencoder: Autoencoder, steps: int, 
     mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     normal = (latents - mean[:, None, None]) / std[:, None, None]
     shape = (normal.shape[1], normal.shape[2], normal.shape[3])
-    config = DenoiserConfig(hidden_size=96, depth=3, num_heads=4, patch_size=2)
+    config = DenoiserConfig(hidden_size=64, depth=2, num_heads=4, patch_size=2)
     denoiser = build_denoiser(config, in_channels=shape[0], sample_size=shape[1:], num_classes=None)
     optimizer = torch.optim.AdamW(denoiser.parameters(), 2e-3)
-    diffusion = Diffusion(FLOW)
+    diffusion, places = Diffusion(FLOW), torch.arange(48)
     for step in range(steps):
-        ids = random.uniform_integers(0, "rows", torch.arange(64), step, len(normal))
-        places = torch.arange(64)
+        ids = random.uniform_integers(0, "rows", places, step, len(normal))
         noise = random.normal(0, "noise", places, step, shape)
         t = diffusion.draw_timesteps(0, places, step)
         loss = diffusion.loss(denoiser, normal[ids], noise, t, None).mean()

@@ -23,17 +23,17 @@ pytestmark = pytest.mark.slow
 
 
 class Blurring(IdentityAutoencoder):
-    """A first stage that loses what is finer than two pixels."""
+    """A first stage that loses what is finer than four pixels."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.config["block_out_channels"] = [3, 3]
+        self.config["block_out_channels"] = [3, 3, 3]
 
     def encode(self, x: Tensor):  # type: ignore[no-untyped-def]
-        return super().encode(F.avg_pool2d(x, 2))
+        return super().encode(F.avg_pool2d(x, 4))
 
     def decode(self, latents: Tensor):  # type: ignore[no-untyped-def]
-        return super().decode(F.interpolate(latents, scale_factor=2.0, mode="bilinear"))
+        return super().decode(F.interpolate(latents, scale_factor=4.0, mode="bilinear"))
 
 
 def check_order(train: Tensor, held_out: Tensor, autoencoder: Autoencoder, features: Features, steps: int) -> None:
@@ -42,9 +42,10 @@ def check_order(train: Tensor, held_out: Tensor, autoencoder: Autoencoder, featu
     reference = Reference(Pictures(train, None), Pictures(held_out, None), 0, names)
     figures = measure(Pictures(drawn, None), reference, features, autoencoder).metrics
     print({name: round(value, 4) for name, value in figures.items()})
-    for name in (f"fd-{features.name}", f"kid-{features.name}"):
-        assert figures[f"{name}_floor"] < figures[f"{name}_reconstruction"] < figures[name]
-    assert figures[f"fd-{features.name}"] == figures[f"fd-{features.name}_equal_n"]
+    name, kernel = f"fd-{features.name}", f"kid-{features.name}"
+    assert figures[f"{name}_floor"] < figures[f"{name}_reconstruction"] < figures[name]
+    assert figures[name] == figures[f"{name}_equal_n"]
+    assert figures[f"{kernel}_floor"] < min(figures[f"{kernel}_reconstruction"], figures[kernel])
     for name in (f"precision-{features.name}", f"coverage-{features.name}"):
         assert figures[name] < figures[f"{name}_floor"]
 
@@ -53,7 +54,7 @@ def test_of_digits_through_a_stage_that_blurs(tmp_path: Path) -> None:
     pictures, _ = load_digit_pictures()
     network = load_extractor(str(write_script(Means(), tmp_path / "means.pt")), (32, 32))
     mixed = pictures[torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))]
-    check_order(mixed[:1200], mixed[1200:1400], Autoencoder(Blurring()), network, steps=150)
+    check_order(mixed[:1200], mixed[1200:1320], Autoencoder(Blurring()), network, steps=60)
 
 
 @pytest.mark.real_data
