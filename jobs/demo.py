@@ -209,8 +209,9 @@ def _closing_words(report: DemoReport, folder: Path, snapshot: str) -> None:
     say(f"images/s           {rates}")
     say(f"loss               {report.loss:.4f}")
     for name, value in report.metrics.items():
-        if not isinstance(value, dict | list):
-            say(f"{name:<42} {value:.4g}" if isinstance(value, float) else f"{name:<42} {value}")
+        # The table that the stage printed has the others, with their intervals.
+        if name.startswith("accuracy") or not name.endswith(("_low", "_high", "_equal_n", "_reconstruction")):
+            say(f"{name:<42} {value:.4g}")
     say(f"\nreal on top, sampled below: {report.grid}")
     say(f"look at the runs:   {_program('mlflow')} ui --backend-store-uri {os.environ['MLFLOW_TRACKING_URI']}")
     say(f"draw more digits:   {_program('ldm')} sample --config demo-sample snapshot={snapshot} labels=3")

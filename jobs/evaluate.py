@@ -34,9 +34,13 @@ def dry_run(config: Config) -> str:
     """Checks the request; returns what would be done."""
     assert isinstance(config, StageConfig)
     todo = plan(config)
+    against = f"{len(todo.shards)} shards"
+    if todo.statistics:
+        against = f"the statistics of {todo.statistics.gaussian.count:,} pictures"
+    code = "" if todo.features in ("classifier", "vae") else ", RUNNING the network of that file"
     return (
         f"draw {config.num_images} pictures from step {todo.snapshot.step:,} of {config.snapshot} and measure them "
-        f"against {len(todo.shards)} shards"
+        f"against {against}, in the features {todo.features}{code}"
     )
 
 

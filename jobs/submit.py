@@ -139,7 +139,9 @@ def _with_absolute_locations(config: Config) -> Config:
 
 
 def _is_no_path(text: str, key: str) -> bool:
-    """A hub's or MLflow's name in place of a location."""
+    """A hub's or MLflow's name, or one that a stage knows, in place of a location."""
+    if key == "features":
+        return text in ("classifier", "vae")
     return (key == "autoencoder" and is_name(text)) or (key == "snapshot" and text.startswith("models:/"))
 
 

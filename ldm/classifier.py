@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm import random
+from ldm.features import in_fixed_batches
 
 PICTURE_SIZE = 32  # px: what a picture is resized to before it is classified
 NUM_FEATURES = 128
@@ -39,8 +40,7 @@ class Classifier:
         """Pictures uint8 (N, 3, H, W) => what the last layer reads, float32 (N, D)."""
         body = self.network[:-1]
         self.network.to(pictures.device)
-        batches = [body(_network_input(batch)) for batch in pictures.split(PREDICT_BATCH)]
-        return torch.cat(batches)
+        return in_fixed_batches(lambda batch: body(_network_input(batch)), pictures, PREDICT_BATCH)
 
     def accuracy(self, pictures: Tensor, labels: Tensor) -> float:
         """Share of the pictures (N, 3, H, W) that it reads as their label (N,)."""

@@ -1,139 +1,167 @@
-"""What is measured, as functions of pictures. Every figure of the samples stands beside a floor: the same of pictures
-that the model never saw. A floor is no bound, but what a perfect model would give about.
+"""What is measured of whole sets of pictures, in named features and in pixels. Every figure of the samples stands
+beside a floor: the same of pictures that the model never saw. A floor is no bound, but what a perfect model would give
+about.
 
     N  samples      M  held-out pictures
 """
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ldm import metrics
 from ldm.autoencoder import Autoencoder
-from ldm.classifier import Classifier
+from ldm.features import BATCH_SIZE, Extractor, Features, in_fixed_batches
 from pipelines.evaluate.reference import Pictures, Reference
 
 NEIGHBOURS = 5
 COMPARED_SIZE = 32
 """Side, in pixels, to which pictures are reduced before they are compared pixel by pixel."""
-_LATENT_SIDE = 8
-_BATCH = 32
-
-
-class Features(Protocol):
-    """A network from pictures to features; `name` carries the hash of its weights."""
-
-    name: str
-
-    def features(self, pictures: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) => float32 (N, D)"""
-
-
-class VaeFeatures:
-    """Mean latents, averaged to at most 8 x 8 cells: blind to what the decoder does, and to fine detail."""
-
-    def __init__(self, autoencoder: Autoencoder) -> None:
-        self.autoencoder = autoencoder
-        self.name = f"vae-{autoencoder.weights_sha256[:12]}"
-
-    def features(self, pictures: Tensor) -> Tensor:
-        """uint8 (N, 3, H, W) => float32 (N, D), on the CPU."""
-        return torch.cat([self._batch(batch) for batch in pictures.split(_BATCH)])
-
-    def _batch(self, pictures: Tensor) -> Tensor:
-        latents = self.autoencoder.encode(pictures)[:, : self.autoencoder.latent_channels]
-        height, width = (min(side, _LATENT_SIDE) for side in latents.shape[2:])
-        return F.adaptive_avg_pool2d(latents, (height, width)).flatten(1).cpu()
+RECONSTRUCT_BATCH = 8  # pictures: decoding takes far more memory than encoding
+MANIFOLD_ROWS = 5000
+"""Pictures of a set that span a manifold, at most: the distances between them are a matrix."""
+SAMPLES, EQUAL, FLOOR, RECONSTRUCTION = "samples", "equal_n", "floor", "reconstruction"
+Sides = Mapping[str, Tensor]
+"""A row for each picture of each set that figures are compared of: keys SAMPLES and, where there are, the others."""
 
 
 @dataclass(frozen=True)
-class Figures:
-    """metrics: name => figure. by_class: rows of class number and figures; empty where there are no labels."""
+class Estimate:
+    """A figure of `count` pictures, with the 95% interval that covers the choice of these pictures."""
 
-    metrics: dict[str, float]
-    by_class: list[dict[str, Any]]
+    value: float
+    low: float
+    high: float
+    count: int
 
 
-def frechet_distances(samples: Pictures, reference: Reference, features: Features, seed: int) -> dict[str, float]:
-    """`fd-NAME`: samples against training pictures, in the named features. Never called FID.
+@dataclass(frozen=True)
+class Figure:
+    """One figure of each set: of the samples and, where there are pictures for it, of the other sides."""
 
-    The distance falls as a set grows. `fd-NAME_floor` is that of the M held-out pictures, and `fd-NAME_equal_n` that
-    of equally many samples, of the same classes: these two compare.
+    name: str
+    sides: dict[str, Estimate]
+
+    def flat(self) -> dict[str, float]:
+        """NAME, NAME_low and NAME_high of the samples; NAME_equal_n, NAME_floor, NAME_reconstruction."""
+        drawn = self.sides[SAMPLES]
+        flat = {self.name: drawn.value, f"{self.name}_low": drawn.low, f"{self.name}_high": drawn.high}
+        return flat | {f"{self.name}_{side}": e.value for side, e in self.sides.items() if side != SAMPLES}
+
+    def document(self) -> dict[str, Any]:
+        """For report.json."""
+        return {side: asdict(estimate) for side, estimate in self.sides.items()}
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The pictures whose figures stand side by side.
+
+    pictures: SAMPLES, all of them; FLOOR, held-out ones; RECONSTRUCTION, those through the VAE and back. equal: rows of
+    the samples, as many as the floor has and of the same classes.
     """
-    name = f"fd-{features.name}"
-    train, drawn = features.features(reference.train.pixels), features.features(samples.pixels)
-    figures = {name: metrics.frechet_distance(drawn, train)}
+
+    pictures: dict[str, Pictures]
+    equal: Tensor | None
+
+    def describe(self, network: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """network: pixels uint8 (N, 3, H, W) => rows (N, D); the same of each set."""
+        sides = {side: network(pictures.pixels) for side, pictures in self.pictures.items()}
+        if self.equal is not None:
+            sides[EQUAL] = sides[SAMPLES][self.equal]
+        return sides
+
+
+def make_sets(samples: Pictures, reference: Reference, autoencoder: Autoencoder, seed: int) -> Sets:
+    """Samples, floor and reconstructions; the latter two only where two pictures were held out."""
     sample_rows, holdout_rows = equal_rows(samples, reference.holdout, seed)
-    if len(holdout_rows) > 1:
-        floor = features.features(reference.holdout.pixels[holdout_rows])
-        figures[f"{name}_equal_n"] = metrics.frechet_distance(drawn[sample_rows], train)
-        figures[f"{name}_floor"] = metrics.frechet_distance(floor, train)
-    return figures
+    if len(holdout_rows) < 2:
+        return Sets({SAMPLES: samples}, None)
+    floor = reference.holdout.take(holdout_rows)
+    rebuilt = Pictures(reconstructed(floor.pixels, autoencoder), floor.labels)
+    return Sets({SAMPLES: samples, FLOOR: floor, RECONSTRUCTION: rebuilt}, sample_rows)
 
 
-def nearest_distances(samples: Pictures, reference: Reference) -> dict[str, float]:
-    """Mean distance to the nearest training picture. Far below the floor: the model recites what it was trained on."""
-    train = compared(reference.train.pixels)
-    figures = {"nearest_train": float(metrics.nearest_distance(compared(samples.pixels), train).mean())}
-    if len(reference.holdout):
-        held_out = compared(reference.holdout.pixels)
-        figures["nearest_train_floor"] = float(metrics.nearest_distance(held_out, train).mean())
-    return figures
-
-
-def conditional_accuracy(samples: Pictures, reference: Reference, classifier: Classifier, seed: int) -> Figures:
-    """Share of the samples that the classifier reads as the class asked for, beside its own held-out accuracy."""
-    assert samples.labels is not None and reference.holdout.labels is not None
-    right = (classifier.predict(samples.pixels) == samples.labels).double()
-    low, high = metrics.bootstrap_interval(right, seed=seed)
-    rows = [
-        {"class": label, "accuracy": float(right[samples.labels == label].mean())}
-        for label in torch.unique(samples.labels).tolist()
-    ]
-    figures = {
-        "accuracy": float(right.mean()),
-        "accuracy_low": low,
-        "accuracy_high": high,
-        "accuracy_worst_class": min(row["accuracy"] for row in rows),
-        "classifier_accuracy": classifier.accuracy(reference.holdout.pixels, reference.holdout.labels),
-    }
-    return Figures(figures, rows)
-
-
-def class_recall(samples: Pictures, reference: Reference, seed: int) -> Figures:
-    """Within-class recall (k = 5, pixels) of samples, and of equally many held-out pictures as the floor.
-
-    recall_ratio is the mean recall over the mean floor; recall_ratio_worst_class the least of one class. Classes
-    with too few pictures to span a manifold are left out; nothing is said where none is left.
-    """
-    train = reference.train
-    sample_rows, holdout_rows = equal_rows(samples, reference.holdout, seed)
-    drawn, held_out = samples.take(sample_rows), reference.holdout.take(holdout_rows)
-    assert train.labels is not None and drawn.labels is not None and held_out.labels is not None
-    numbers, counts = torch.unique(held_out.labels, return_counts=True)
-    measured = numbers[counts > NEIGHBOURS]
-    real = train.take(torch.isin(train.labels, measured))
-    if not len(real):
-        return Figures({}, [])
-    assert real.labels is not None
-    pixels = compared(real.pixels)
-    recalls, floors = (
-        metrics.within_class_recall(pixels, real.labels, compared(a.pixels), b, NEIGHBOURS)
-        for a, b in ((drawn, drawn.labels), (held_out, held_out.labels))
+def reconstructed(pixels: Tensor, autoencoder: Autoencoder) -> Tensor:
+    """uint8 (N, 3, H, W) => the same through the VAE (the mean of its posterior) and back: uint8, on the CPU."""
+    channels = autoencoder.latent_channels
+    return in_fixed_batches(
+        lambda batch: autoencoder.decode(autoencoder.encode(batch)[:, :channels]), pixels, RECONSTRUCT_BATCH
     )
-    labels = torch.unique(real.labels).tolist()
-    rows = [
-        {"class": label, "recall": recall, "recall_floor": floor}
-        for label, recall, floor in zip(labels, recalls.tolist(), floors.tolist(), strict=True)
+
+
+def estimate(values: Tensor, count: int, seed: int, transform: Callable[[float], float] = float) -> Estimate:
+    """transform of the mean of values (n,), which come of `count` pictures."""
+    low, high = metrics.mean_interval(values, seed=seed)
+    return Estimate(transform(float(values.mean())), transform(low), transform(high), count)
+
+
+def figures(values: Callable[[Tensor], dict[str, Tensor]], sides: Sides, seed: int) -> list[Figure]:
+    """values: rows (N, D) of a set => by the name of a figure numbers (n,), whose mean it is."""
+    found = {side: values(rows) for side, rows in sides.items()}
+    return [
+        Figure(name, {s: estimate(found[s][name], len(sides[s]), seed) for s in sides if name in found[s]})
+        for name in found[SAMPLES]
     ]
-    figures = {"recall": float(recalls.mean()), "recall_floor": float(floors.mean())}
-    if bool((floors > 0).all()):
-        figures["recall_ratio"] = figures["recall"] / figures["recall_floor"]
-        figures["recall_ratio_worst_class"] = float((recalls / floors).min())
-    return Figures(figures, rows)
+
+
+def frechet(sides: Sides, gaussian: metrics.Gaussian, features: Features, seed: int) -> list[Figure]:
+    """`fd-NAME`, called `fid` only in the features that have that name by right.
+
+    The distance falls as a set grows: what compares with the floor and the reconstructions is `_equal_n`.
+    """
+    name = "fid" if is_inception(features) else f"fd-{features.name}"
+    return figures(lambda rows: {name: metrics.frechet_contributions(rows, gaussian)}, sides, seed)
+
+
+def kernel(sides: Sides, train: Tensor, features: Features, seed: int) -> list[Figure]:
+    """`kid-NAME`, `kid` in Inception's features: does not depend on N but by chance."""
+    name = "kid" if is_inception(features) else f"kid-{features.name}"
+    return figures(lambda rows: {name: metrics.kernel_contributions(rows, train, seed=seed)}, sides, seed)
+
+
+def manifolds(sides: Sides, train: Tensor, features: Features, seed: int) -> list[Figure]:
+    """Precision, density, recall and coverage in the named features, k = 5; nothing where train spans no manifold."""
+    spanning = thinned(train, seed)
+    if len(spanning) <= NEIGHBOURS:
+        return []
+    real = metrics.Manifold(spanning, NEIGHBOURS)
+
+    def values(rows: Tensor) -> dict[str, Tensor]:
+        found = metrics.manifold_contributions(real, rows)
+        named = {f"{name}-{features.name}": getattr(found, name) for name in ("precision", "density", "coverage")}
+        return named if found.recall is None else named | {f"recall-{features.name}": found.recall}
+
+    return figures(values, {side: thinned(rows, seed) for side, rows in sides.items()}, seed)
+
+
+def sliced(sides: Sides, train: Tensor, seed: int) -> list[Figure]:
+    """`sliced_wasserstein` of pixels 0 to 1, squared: needs no network at all."""
+    return figures(
+        lambda rows: {"sliced_wasserstein": metrics.sliced_wasserstein_contributions(rows, train, seed)}, sides, seed
+    )
+
+
+def inception_score(sets: Sets, features: Features, seed: int) -> list[Figure]:
+    """`is`, of the network that it is defined with and of no other."""
+    if not isinstance(features, Extractor) or not features.is_inception:
+        return []
+    values = {}
+    for side, pictures in sets.pictures.items():
+        log_probabilities = features.log_probabilities(pictures.pixels)
+        assert log_probabilities is not None
+        values[side] = metrics.log_score_contributions(log_probabilities)
+    return [Figure("is", {side: estimate(v, len(v), seed, math.exp) for side, v in values.items()})]
+
+
+def is_inception(features: Features) -> bool:
+    return isinstance(features, Extractor) and features.is_inception
 
 
 def equal_rows(samples: Pictures, holdout: Pictures, seed: int) -> tuple[Tensor, Tensor]:
@@ -144,10 +172,18 @@ def equal_rows(samples: Pictures, holdout: Pictures, seed: int) -> tuple[Tensor,
     return rows, rows
 
 
+def thinned(rows: Tensor, seed: int) -> Tensor:
+    """At most MANIFOLD_ROWS of the rows, chosen by the seed, in their order."""
+    if len(rows) <= MANIFOLD_ROWS:
+        return rows
+    chosen = np.random.Generator(np.random.Philox(seed)).permutation(len(rows))[:MANIFOLD_ROWS]
+    return rows[torch.from_numpy(np.sort(chosen))]
+
+
 def compared(pixels: Tensor) -> Tensor:
     """uint8 (N, 3, H, W) => float32 (N, D) of 0 to 1, reduced to at most 32 x 32 pixels."""
-    scaled = pixels.float() / 255
-    if max(scaled.shape[2:]) > COMPARED_SIZE:
-        size = (COMPARED_SIZE, COMPARED_SIZE)
-        scaled = torch.cat([F.interpolate(x, size, mode="bilinear", antialias=True) for x in scaled.split(_BATCH)])
-    return scaled.flatten(1)
+    if max(pixels.shape[2:]) <= COMPARED_SIZE:
+        return (pixels.float() / 255).flatten(1)
+    size = (COMPARED_SIZE, COMPARED_SIZE)
+    parts = [F.interpolate(x.float() / 255, size, mode="bilinear", antialias=True) for x in pixels.split(BATCH_SIZE)]
+    return torch.cat(parts).flatten(1)

@@ -1,7 +1,7 @@
-"""Image shards => the reference pictures, split as training split them."""
+"""Image shards, or a folder of pictures => the reference pictures, split as training split them."""
 
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +9,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ldm import images, shards
+from ldm import images
 from ldm.config import RequestError
 from ldm.latents.choice import is_held_out
 from ldm.latents.writer import sample_id
+from ldm.shards import RawSample
 from ldm.snapshot import Snapshot
+from ldm.sources import InputShard
 from pipelines.progress import Progress, say
 
 
@@ -34,23 +36,29 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Reference:
-    """What the model was trained on, and what it never saw. skipped: samples that hold no readable picture."""
+    """What the model was trained on, and what it never saw. skipped: samples that hold no readable picture.
+
+    train_names: SHARD/KEY of each training picture.
+    """
 
     train: Pictures
     holdout: Pictures
     skipped: int
+    train_names: tuple[str, ...] = ()
 
 
-def read_reference(urls: dict[str, str], snapshot: Snapshot, holdout: float, max_pictures: int) -> Reference:
-    """Reads shards (name => URL) in the order given, prepared as the snapshot's own pictures were.
+def read_reference(
+    inputs: Mapping[str, InputShard], snapshot: Snapshot, holdout: float, max_pictures: int
+) -> Reference:
+    """Reads shards (by name) in the order given, prepared as the snapshot's own pictures were.
 
     A picture is held out by the hash of its id, as in training. Raises RequestError where there is none, or a
     label that the model does not have.
     """
     shape, background = snapshot.picture_shape(), tuple(snapshot.fingerprint["pictures"]["background"])
     pixels: list[npt.NDArray[np.uint8]] = []
-    labels, ids, skipped = [], [], 0
-    for name, sample in _samples(urls):
+    labels, ids, names, skipped = list[int](), list[int](), list[str](), 0
+    for name, sample in _samples(inputs):
         if len(pixels) == max_pictures:
             say(f"evaluate: the first {max_pictures:,} reference pictures are used (max_reference)")
             break
@@ -63,21 +71,23 @@ def read_reference(urls: dict[str, str], snapshot: Snapshot, holdout: float, max
         pixels.append(decoded)
         labels.append(-1 if label is None else label)
         ids.append(sample_id(name, sample.key))
+        names.append(f"{name}/{sample.key}")
     if not pixels:
-        raise RequestError(f"reference={next(iter(urls.values()))}: holds no readable picture; give image shards")
+        raise RequestError(f"reference={next(iter(inputs.values())).url}: holds no readable picture; give image shards")
     pictures = Pictures(torch.from_numpy(np.stack(pixels)), _checked_labels(labels, snapshot))
     held_out = torch.from_numpy(is_held_out(np.array(ids, np.int64), holdout))
-    return Reference(pictures.take(~held_out), pictures.take(held_out), skipped)
+    train_names = tuple(name for name, held in zip(names, held_out.tolist(), strict=True) if not held)
+    return Reference(pictures.take(~held_out), pictures.take(held_out), skipped, train_names)
 
 
-def _samples(urls: dict[str, str]) -> Iterator[tuple[str, shards.RawSample]]:
+def _samples(inputs: Mapping[str, InputShard]) -> Iterator[tuple[str, RawSample]]:
     """(name of the shard, sample) in order. Raises RequestError where a tar is damaged."""
-    with Progress("evaluate: reading the reference", len(urls), "shards") as progress:
-        for name, url in urls.items():
+    with Progress("evaluate: reading the reference", len(inputs), "shards") as progress:
+        for name, shard in inputs.items():
             try:
-                yield from ((name, sample) for sample in shards.ShardReader(url))
+                yield from ((name, sample) for sample in shard.reader())
             except tarfile.TarError as error:
-                raise RequestError(f"reference={url}: is no whole tar ({error}); give image shards") from None
+                raise RequestError(f"reference={shard.url}: is no whole tar ({error}); give image shards") from None
             progress.advance(1)
 
 

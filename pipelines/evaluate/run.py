@@ -1,38 +1,48 @@
 """The stage: reads the reference, draws from the deployment, measures, and writes report, grid and MLflow run."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from ldm import images, shards, storage
-from ldm.classifier import Classifier, train_classifier
+from ldm import images, storage
+from ldm.autoencoder import Autoencoder
 from ldm.config import Location, RequestError
+from ldm.features import Features
 from ldm.labels import check_guidance
+from ldm.metrics import SavedStatistics, read_statistics, write_statistics
 from ldm.plan import SamplerConfig, make_plan
 from ldm.snapshot import Snapshot, read_snapshot
+from ldm.sources import InputShard, find_shards
 from pipelines import lineage
-from pipelines.evaluate import measures
+from pipelines.evaluate import networks, report
 from pipelines.evaluate.drawing import DrawingConfig, connect, draw
+from pipelines.evaluate.figures import Measured, measure, measure_by_statistics
+from pipelines.evaluate.memory import pairs_grid
 from pipelines.evaluate.reference import Pictures, Reference, read_reference
-from pipelines.progress import Progress, say
+from pipelines.progress import say
 from pipelines.tracking import Tracker, TrackingConfig
 
-_GRID_COLUMNS, _GRID_ROWS, _GRID_BAND = 10, 4, 8
+_SAVED = ".safetensors"
+_SETTINGS = {"num_images", "seed", "holdout", "max_reference", *SamplerConfig.model_fields}
 
 
 class EvaluateConfig(DrawingConfig):
     """Measures a snapshot against reference pictures."""
 
     reference: Location | tuple[Location, ...] = Field(
-        description="image shards that the model was trained on: path, URL, glob, comma set or brace range"
+        description="what the model was trained on: image shards (path, URL, glob, comma set, brace range) or a folder "
+        "of pictures; or a .safetensors that save_statistics wrote"
     )
-    features: Literal["classifier", "vae"] = Field(
-        "classifier",
-        description="what distances are taken in: a classifier trained on the reference, or the latents of the VAE",
+    features: Location | None = Field(
+        None,
+        description="what distances are taken in: classifier (trained on the reference), vae, or the path or URL of a "
+        "network from pictures uint8 (N, 3, H, W) to features (N, D), which is code and is RUN: TorchScript (.pt, .ts) "
+        "or torch.export (.pt2); null: classifier, or vae where there are no classes",
+    )
+    save_statistics: Location | None = Field(
+        None,
+        description=".safetensors to write: mean and covariance of the training pictures' features, for reference=",
     )
     holdout: float = Field(
         0.1, ge=0, lt=1, description="share of the reference, by a hash of the id, that training held out too"
@@ -56,35 +66,53 @@ class EvaluateReport:
 
 @dataclass(frozen=True)
 class EvaluatePlan:
-    """What will be measured. shards: names and URLs of the reference; sizes: their bytes, by URL."""
+    """What will be measured. shards: the reference, by name, or none and `statistics`; sizes: their bytes, by URL."""
 
     snapshot: Snapshot
-    shards: dict[str, str]
+    shards: dict[str, InputShard]
     sizes: dict[str, int]
+    statistics: SavedStatistics | None
+    features: str
 
 
 def plan(config: EvaluateConfig) -> EvaluatePlan:
     """Checks the request without weights and without Ray. Raises RequestError."""
     storage.check_writable("output", config.output)
     snapshot = read_snapshot(config.snapshot)
-    unconditional = snapshot.conditioning.type == "none"
-    if unconditional and config.features == "classifier":
-        raise RequestError("features=classifier: the model is unconditional; give features=vae")
+    saved = config.reference if isinstance(config.reference, str) and config.reference.endswith(_SAVED) else None
+    features = networks.choose(config.features, snapshot, config.holdout, by_statistics=saved is not None)
     check_guidance(config.guidance_scale, snapshot)
-    if config.features == "classifier" and config.holdout == 0:
-        raise RequestError(
-            "holdout=0.0: the classifier's own accuracy needs pictures that it never saw; give 0.1, or features=vae"
-        )
     make_plan(snapshot.diffusion_config, config)
+    _check_saving(config, features, saved)
+    if saved is not None:
+        statistics = read_statistics(f"reference={saved}", saved)
+        return EvaluatePlan(snapshot, {}, {storage.absolute(saved): storage.size(saved)}, statistics, features)
+    found = _find_reference(config.reference)
+    sizes = {storage.join(s.url, s.name) if s.files else s.url: s.bytes for s in found.values()}
+    return EvaluatePlan(snapshot, found, sizes, None, features)
+
+
+def _check_saving(config: EvaluateConfig, features: str, saved: str | None) -> None:
+    target = config.save_statistics
+    if target is None:
+        return
+    if saved is not None or features == networks.CLASSIFIER or not target.endswith(_SAVED):
+        raise RequestError(
+            f"save_statistics={target}: takes a {_SAVED}, features that stay the same (vae, or a network of yours) and "
+            "pictures as the reference"
+        )
+    storage.check_writable("save_statistics", storage.absolute(target).rpartition("/")[0] or "/")
+
+
+def _find_reference(source: str | tuple[str, ...]) -> dict[str, InputShard]:
     try:
-        urls = shards.shard_names(storage.expand(config.reference))
+        found, _ = find_shards(source)
     except RequestError as error:
         raise RequestError(str(error).replace("source=", "reference=", 1)) from None
-    sizes = {url: storage.size(url) for url in urls.values()}
-    for url, size in sizes.items():
-        if size == 0:
-            raise RequestError(f"reference={url}: is empty; give a WebDataset tar that holds pictures")
-    return EvaluatePlan(snapshot, urls, sizes)
+    for shard in found.values():
+        if shard.bytes == 0:
+            raise RequestError(f"reference={shard.url}: is empty; give a WebDataset tar that holds pictures")
+    return found
 
 
 def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateReport:
@@ -94,139 +122,78 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
     """
     todo = plan(config)
     client = connect(config, todo.snapshot, endpoint)
-    reference = read_reference(todo.shards, todo.snapshot, config.holdout, config.max_reference)
-    _check_reference(config, reference)
+    reference = _read_reference(config, todo)
     name, folder = f"evaluate/{storage.name(config.snapshot)}", storage.join(config.output, "tracking")
     with Tracker(config.tracking, name, config, folder=folder) as tracker:
         tracker.used_model(todo.snapshot)
         tracker.dataset(lineage.image_dataset(todo.sizes), "reference")
-        features = _features(config, todo.snapshot, reference)
+        autoencoder = todo.snapshot.load_autoencoder("cuda" if torch.cuda.is_available() else "cpu")
+        features = networks.make(todo.features, todo.snapshot, reference, autoencoder, config.seed)
+        if todo.statistics:
+            pictures = todo.snapshot.fingerprint["pictures"]
+            todo.statistics.check(f"reference={config.reference}", features.name, pictures)
         drawn = draw(config, todo.snapshot, client)
         samples, rate = drawn.pictures, drawn.images_per_second
-        say(f"evaluate: measures {len(samples):,} samples against {len(reference.train):,} training pictures")
-        figures = _measure(config, samples, reference, features)
-        grid = _grid(samples, reference, todo.snapshot)
-        document = _document(config, todo.snapshot, reference, features, figures)
-        report_url, grid_url = storage.join(config.output, "report.json"), storage.join(config.output, "grid.png")
-        storage.write_bytes(grid_url, images.to_png(grid))
-        storage.write_json(report_url, document)
-        tracked = {f"eval/{name}": value for name, value in figures.metrics.items()}
+        measured = _measure(config, todo, samples, reference, features, autoencoder)
+        say(report.table(measured))
+        pages = {"grid.png": report.grid(samples, reference, todo.snapshot)}
+        if measured.nearest:
+            pages["nearest.png"] = pairs_grid(measured.nearest, samples, reference)
+        settings = config.model_dump(include=_SETTINGS)
+        document = report.document(settings, todo.snapshot, reference, features, measured)
+        for page, picture in pages.items():
+            storage.write_bytes(storage.join(config.output, page), images.to_png(picture))
+            tracker.image(page, picture)
+        storage.write_json(storage.join(config.output, "report.json"), document)
+        tracked = {f"eval/{name}": value for name, value in measured.metrics.items()}
         tracker.log({**tracked, "perf/images_per_second": rate}, todo.snapshot.images_seen)
         tracker.tag({"snapshot": config.snapshot, "step": str(todo.snapshot.step), "features": features.name})
-        tracker.image("grid.png", grid)
         tracker.document("report.json", document)
     return EvaluateReport(
-        metrics=figures.metrics,
+        metrics=measured.metrics,
         num_images=len(samples),
         features=features.name,
         run_id=tracker.run_id,
-        grid=grid_url,
-        report=report_url,
+        grid=storage.join(config.output, "grid.png"),
+        report=storage.join(config.output, "report.json"),
         images_per_second=round(rate, 2),
     )
 
 
-def _check_reference(config: EvaluateConfig, reference: Reference) -> None:
-    """Raises RequestError where the reference cannot give the figures that are asked for."""
+def _read_reference(config: EvaluateConfig, todo: EvaluatePlan) -> Reference:
+    """Raises RequestError where the reference cannot give the figures that are asked for; empty for statistics."""
+    if todo.statistics:
+        nothing = Pictures(torch.empty(0, 3, *todo.snapshot.picture_shape(), dtype=torch.uint8), None)
+        return Reference(nothing, nothing, 0)
+    reference = read_reference(todo.shards, todo.snapshot, config.holdout, config.max_reference)
     found = f"{len(reference.train)} training and {len(reference.holdout)} held-out pictures"
     if len(reference.train) < 2:
         raise RequestError(f"reference={config.reference}: gives {found}; at least 2 training pictures are needed")
-    if config.features == "classifier" and reference.train.labels is None:
+    unlabelled = reference.train.labels is None
+    if config.features == networks.CLASSIFIER and unlabelled:
         raise RequestError("features=classifier: the reference holds pictures without a label; give features=vae")
-    if config.features == "classifier" and len(reference.holdout) == 0:
+    if todo.features == networks.CLASSIFIER and not unlabelled and len(reference.holdout) == 0:
         raise RequestError(f"holdout={config.holdout}: gives {found}; give a larger share, or more pictures")
-
-
-def _features(config: EvaluateConfig, snapshot: Snapshot, reference: Reference) -> measures.Features:
-    """The VAE of the snapshot, or a classifier trained on the reference's training split."""
-    if config.features == "vae":
-        return measures.VaeFeatures(snapshot.load_autoencoder("cuda" if torch.cuda.is_available() else "cpu"))
-    train, holdout = reference.train, reference.holdout
-    assert train.labels is not None and holdout.labels is not None
-    with Progress("evaluate: training the classifier", 100, "%") as progress:
-        classifier = train_classifier(
-            train.pixels,
-            train.labels,
-            snapshot.conditioning.num_classes,
-            seed=config.seed,
-            progress=lambda step, steps: progress.advance_to(100 * step // steps),
-        )
-    accuracy = classifier.accuracy(holdout.pixels, holdout.labels)
-    say(f"evaluate: the classifier reads {accuracy:.1%} of {len(holdout):,} held-out pictures right")
-    return classifier
+    return reference
 
 
 def _measure(
-    config: EvaluateConfig, samples: Pictures, reference: Reference, features: measures.Features
-) -> measures.Figures:
-    """All figures that the request and the reference allow."""
-    figures = {
-        **measures.frechet_distances(samples, reference, features, config.seed),
-        **measures.nearest_distances(samples, reference),
-    }
-    by_class: dict[int, dict[str, Any]] = {}
-    parts = []
-    if isinstance(features, Classifier):
-        parts.append(measures.conditional_accuracy(samples, reference, features, config.seed))
-    if reference.train.labels is not None and len(reference.holdout):
-        parts.append(measures.class_recall(samples, reference, config.seed))
-    for part in parts:
-        figures |= part.metrics
-        for row in part.by_class:
-            by_class.setdefault(row["class"], {}).update(row)
-    return measures.Figures(figures, [by_class[label] for label in sorted(by_class)])
-
-
-def _document(
     config: EvaluateConfig,
-    snapshot: Snapshot,
+    todo: EvaluatePlan,
+    samples: Pictures,
     reference: Reference,
-    features: measures.Features,
-    figures: measures.Figures,
-) -> dict[str, Any]:
-    """report.json: the figures, and all that they depend on."""
-    settings = {"num_images", "seed", "holdout", "max_reference", *SamplerConfig.model_fields}
-    names = snapshot.conditioning.names
-    return {
-        "format": "ldm-evaluation",
-        "version": 1,
-        "snapshot": {
-            "url": snapshot.url,
-            "step": snapshot.step,
-            "images_seen": snapshot.images_seen,
-            "weights_sha256": snapshot.weights_sha256,
-        },
-        "settings": config.model_dump(include=settings),
-        "reference": {
-            "train": len(reference.train),
-            "holdout": len(reference.holdout),
-            "skipped": reference.skipped,
-            "pictures": snapshot.fingerprint["pictures"],
-        },
-        "features": features.name,
-        "recall": {"neighbours": measures.NEIGHBOURS, "pixels": measures.COMPARED_SIZE},
-        "metrics": figures.metrics,
-        "by_class": [{**row, "name": names[row["class"]]} if names else row for row in figures.by_class],
-    }
-
-
-def _grid(samples: Pictures, reference: Reference, snapshot: Snapshot) -> npt.NDArray[np.uint8]:
-    """uint8 (3, H, W): real pictures on top, held out where there are enough, and sampled ones below."""
-    real = reference.holdout if len(reference.holdout) >= _GRID_COLUMNS * _GRID_ROWS else reference.train
-    columns = min(snapshot.conditioning.num_classes or _GRID_COLUMNS, _GRID_COLUMNS)
-    top, below = (images.grid(_rows(pictures, columns).numpy(), columns) for pictures in (real, samples))
-    band = np.full((3, _GRID_BAND, top.shape[2]), 255, np.uint8)
-    return np.concatenate([top, band, below], axis=1)
-
-
-def _rows(pictures: Pictures, columns: int) -> torch.Tensor:
-    """uint8 (rows * columns, 3, H, W): a class in each column where there are labels; white where one has no more."""
-    chosen = torch.full((_GRID_ROWS * columns, *pictures.pixels.shape[1:]), 255, dtype=torch.uint8)
-    if pictures.labels is None:
-        first = pictures.pixels[: len(chosen)]
-        chosen[: len(first)] = first
-        return chosen
-    for label in range(columns):
-        found = pictures.pixels[pictures.labels == label][:_GRID_ROWS]
-        chosen[label : len(found) * columns : columns] = found
-    return chosen
+    features: Features,
+    autoencoder: Autoencoder,
+) -> Measured:
+    """All figures; and the reference's statistics, where they are to be kept."""
+    if todo.statistics:
+        gaussian = todo.statistics.gaussian
+        say(f"evaluate: measures {len(samples):,} samples against the statistics of {gaussian.count:,} pictures")
+        return measure_by_statistics(samples, gaussian, features, config.seed)
+    say(f"evaluate: measures {len(samples):,} samples against {len(reference.train):,} training pictures")
+    names = todo.snapshot.conditioning.names
+    measured = measure(samples, reference, features, autoencoder, names=names, seed=config.seed)
+    if config.save_statistics is not None:
+        pictures = todo.snapshot.fingerprint["pictures"]
+        write_statistics(config.save_statistics, SavedStatistics(measured.gaussian, features.name, pictures))
+    return measured

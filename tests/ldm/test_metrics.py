@@ -76,7 +76,7 @@ def test_recall_and_precision_against_brute_force(k):
 def test_blocks_of_rows_do_not_change_the_answer(monkeypatch):
     real, generated = gaussian_rows(300, 5, seed=1), gaussian_rows(270, 5, seed=2)
     whole = metrics.inside_manifold(real, generated)
-    monkeypatch.setattr(metrics, "CHUNK_ROWS", 7)
+    monkeypatch.setattr("ldm.metrics.rows.CHUNK_ROWS", 7)
     assert torch.equal(metrics.inside_manifold(real, generated), whole)
 
 

@@ -16,20 +16,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ldm import images, shards
-from ldm.classifier import Classifier, train_classifier
 from ldm.config import RequestError
 from ldm.digits import write_digit_shards
 from ldm.latents.choice import is_held_out
 from ldm.latents.manifest import Conditioning
 from ldm.latents.writer import sample_id
 from ldm.snapshot import read_snapshot
+from ldm.sources import InputShard, find_shards
 from pipelines import serve
-from pipelines.evaluate import EvaluateConfig, EvaluateReport, evaluate, measures, plan
+from pipelines.evaluate import EvaluateConfig, EvaluateReport, evaluate, plan
 from pipelines.evaluate.client import SamplesClient
-from pipelines.evaluate.reference import Pictures, Reference, read_reference
+from pipelines.evaluate.reference import Reference, read_reference
 from pipelines.tracking import Tracker, TrackingConfig
+from tests.ldm.extractors import Means, write_script
+from tests.pipelines.tiny_snapshot import NAMES as DIGIT_NAMES
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 HOLDOUT = 0.2
@@ -50,14 +53,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def reference(digits: Path, snapshot: str) -> Reference:
-    urls = shards.shard_names(sorted(str(path) for path in digits.iterdir()))
-    return read_reference(urls, read_snapshot(snapshot), HOLDOUT, 20_000)
-
-
-@pytest.fixture(scope="module")
-def classifier(reference: Reference) -> Classifier:
-    assert reference.train.labels is not None
-    return train_classifier(reference.train.pixels, reference.train.labels, 10, epochs=4)
+    return read_reference(find_shards(f"{digits}/*.tar")[0], read_snapshot(snapshot), HOLDOUT, 20_000)
 
 
 @pytest.fixture(scope="class")
@@ -84,83 +80,50 @@ class TestReference:
     def test_has_the_shape_of_what_the_model_draws(self, digits: Path, snapshot: str) -> None:
         """With buckets that is not the size of the fingerprint."""
         wide = replace(read_snapshot(snapshot), latent_shape=(4, 2, 8))
-        found = read_reference({"digits-00000": str(digits / "digits-00000.tar")}, wide, 0.0, 5)
+        found = read_reference(find_shards(str(digits / "digits-00000.tar"))[0], wide, 0.0, 5)
         assert found.train.pixels.shape == (5, 3, 16, 64)
 
     def test_reads_no_more_than_asked(self, digits: Path, snapshot: str) -> None:
-        urls = {"digits-00000": str(digits / "digits-00000.tar"), "missing": "never-opened.tar"}
-        found = read_reference(urls, read_snapshot(snapshot), 0.0, 50)
+        inputs = find_shards(str(digits / "digits-00000.tar"))[0]
+        inputs["missing"] = InputShard("missing", "never-opened.tar", 1, "")
+        found = read_reference(inputs, read_snapshot(snapshot), 0.0, 50)
         assert (len(found.train), len(found.holdout)) == (50, 0)
+        assert found.train_names[0] == "digits-00000/00000" and len(found.train_names) == 50
+
+    def test_a_folder_of_pictures_is_split_as_its_shards_are(self, tmp_path: Path, snapshot: str) -> None:
+        generator = np.random.default_rng(0)
+        for number in range(60):
+            place = tmp_path / "pictures" / ("three" if number % 2 else "seven")
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 256, (3, 32, 32), dtype=np.uint8)
+            (place / f"{number:03d}.png").write_bytes(images.to_png(pixels))
+        (tmp_path / "pictures" / "three" / "torn.png").write_bytes(b"no picture")
+        inputs, classes = find_shards(str(tmp_path / "pictures"))
+        found = read_reference(inputs, read_snapshot(snapshot), HOLDOUT, 100)
+        assert classes == ("seven", "three")
+        assert (len(found.train) + len(found.holdout), found.skipped) == (60, 1)
+        keys = [(name, s.key) for name, shard in inputs.items() for s in shard.reader() if "torn" not in s.key]
+        ids = np.array([sample_id(name, key) for name, key in keys])
+        assert len(found.holdout) == int(is_held_out(ids, HOLDOUT).sum()) > 0
+        assert found.train.labels is not None and found.holdout.labels is not None
+        assert torch.cat([found.train.labels, found.holdout.labels]).bincount().tolist() == [30, 30]
 
     def test_a_label_that_the_model_does_not_have(self, tmp_path: Path, snapshot: str) -> None:
         path = write_pictures(tmp_path / "shard.tar", labels=[3, 10])
         with pytest.raises(RequestError, match=r"^reference: holds label 10, but the model has classes 0 to 9"):
-            read_reference({"shard": path}, read_snapshot(snapshot), 0.0, 10)
+            read_reference(find_shards(path)[0], read_snapshot(snapshot), 0.0, 10)
 
     def test_nothing_readable(self, tmp_path: Path, snapshot: str) -> None:
         path = str(tmp_path / "words.tar")
         shards.write_shard(path, [shards.RawSample("a", {"txt": b"no picture"})])
         with pytest.raises(RequestError, match=r"^reference=.*words\.tar: holds no readable picture"):
-            read_reference({"words": path}, read_snapshot(snapshot), 0.0, 10)
+            read_reference(find_shards(path)[0], read_snapshot(snapshot), 0.0, 10)
 
     def test_a_truncated_tar(self, tmp_path: Path, digits: Path, snapshot: str) -> None:
         path = tmp_path / "cut.tar"
         path.write_bytes((digits / "digits-00000.tar").read_bytes()[:10_000])
         with pytest.raises(RequestError, match=r"^reference=.*cut\.tar: is no whole tar"):
-            read_reference({"cut": str(path)}, read_snapshot(snapshot), 0.0, 10_000)
-
-
-@pytest.mark.slow
-class TestMeasures:
-    def test_pictures_never_seen_are_as_good_as_the_floor(self, reference: Reference, classifier: Classifier) -> None:
-        perfect = reference.holdout
-        name = f"fd-{classifier.name}"
-        distances = measures.frechet_distances(perfect, reference, classifier, 0)
-        assert distances[name] == pytest.approx(distances[f"{name}_floor"])
-        assert distances[f"{name}_equal_n"] == pytest.approx(distances[f"{name}_floor"])
-        nearest = measures.nearest_distances(perfect, reference)
-        assert nearest["nearest_train"] == nearest["nearest_train_floor"] > 0
-        recall = measures.class_recall(perfect, reference, 0).metrics
-        assert recall["recall_ratio"] == recall["recall_ratio_worst_class"] == 1
-        accuracy = measures.conditional_accuracy(perfect, reference, classifier, 0).metrics
-        assert accuracy["accuracy"] == accuracy["classifier_accuracy"] > 0.85
-        assert accuracy["accuracy_low"] <= accuracy["accuracy"] <= accuracy["accuracy_high"]
-
-    def test_one_picture_for_each_class_has_accuracy_and_no_recall(
-        self, reference: Reference, classifier: Classifier
-    ) -> None:
-        right = classifier.predict(reference.train.pixels) == reference.train.labels
-        collapsed = repeated(reference.train.take(right), 30)
-        accuracy = measures.conditional_accuracy(collapsed, reference, classifier, 0)
-        assert accuracy.metrics["accuracy"] == accuracy.metrics["accuracy_worst_class"] == 1
-        assert [row["class"] for row in accuracy.by_class] == list(range(10))
-        recall = measures.class_recall(collapsed, reference, 0).metrics
-        assert recall["recall_ratio"] < 0.1
-        assert recall["recall_floor"] > 0.3
-        assert measures.nearest_distances(collapsed, reference)["nearest_train"] == 0  # it recites
-
-    def test_noise_has_neither(self, reference: Reference, classifier: Classifier) -> None:
-        generator = torch.Generator().manual_seed(0)
-        pixels = torch.randint(0, 256, (200, 3, 32, 32), dtype=torch.uint8, generator=generator)
-        noise = Pictures(pixels, torch.arange(200) % 10)
-        name = f"fd-{classifier.name}"
-        distances = measures.frechet_distances(noise, reference, classifier, 0)
-        assert distances[name] > 5 * distances[f"{name}_floor"]
-        assert measures.conditional_accuracy(noise, reference, classifier, 0).metrics["accuracy"] < 0.3
-        nearest = measures.nearest_distances(noise, reference)
-        assert nearest["nearest_train"] > 2 * nearest["nearest_train_floor"]
-
-    def test_without_held_out_pictures_there_is_no_floor(self, reference: Reference, classifier: Classifier) -> None:
-        bare = Reference(reference.train, reference.holdout.take(torch.arange(0)), 0)
-        samples = reference.holdout
-        assert set(measures.frechet_distances(samples, bare, classifier, 0)) == {f"fd-{classifier.name}"}
-        assert set(measures.nearest_distances(samples, bare)) == {"nearest_train"}
-
-    def test_large_pictures_are_compared_at_32_pixels(self) -> None:
-        small = torch.arange(0, 256, 64, dtype=torch.uint8).reshape(1, 1, 2, 2).expand(1, 3, 2, 2)
-        blocks = small.repeat_interleave(32, 2).repeat_interleave(32, 3)  # 64 px
-        assert measures.compared(blocks).shape == (1, 3 * 32 * 32)
-        assert measures.compared(blocks)[0, 0] == 0  # far from an edge a block keeps its value
+            read_reference(find_shards(str(path))[0], read_snapshot(snapshot), 0.0, 10_000)
 
 
 @pytest.mark.ray
@@ -194,6 +157,8 @@ class TestEvaluate:
         assert report.features.startswith("classifier-")
         assert figures[f"fd-{report.features}_equal_n"] > 2 * figures[f"fd-{report.features}_floor"]
         assert figures["nearest_train"] > figures["nearest_train_floor"]
+        assert figures[f"precision-{report.features}"] < 0.5 * figures[f"precision-{report.features}_floor"]
+        assert figures["memorised"] < 0.1  # noise is near to nothing
         assert all(math.isfinite(value) for value in figures.values())
 
     def test_report_and_grid_stand_where_asked(self, config: EvaluateConfig, report: EvaluateReport) -> None:
@@ -212,6 +177,26 @@ class TestEvaluate:
         assert total / 101 == pytest.approx(report.metrics["accuracy"])
         _, (width, height) = images.decode(Path(report.grid).read_bytes(), 32)
         assert (width, height) == (10 * 34 - 2, 2 * (4 * 34 - 2) + 8)
+        _, (width, height) = images.decode((Path(config.output) / "nearest.png").read_bytes(), 32)
+        assert (width, height) == (10 * 34 - 2, 2 * (2 * 34 - 2) + 8)
+
+    def test_every_figure_has_its_n_its_interval_and_its_floors(self, report: EvaluateReport) -> None:
+        document = json.loads(Path(report.report).read_text())
+        named = {f"{name}-{report.features}" for name in ("fd", "kid", "precision", "density", "recall", "coverage")}
+        assert set(document["figures"]) == named | {"sliced_wasserstein", "nearest_train", "memorised"}
+        for name in named | {"sliced_wasserstein"}:
+            sides = document["figures"][name]
+            assert set(sides) == {"samples", "equal_n", "floor", "reconstruction"}
+            assert sides["samples"]["count"] == 101
+            assert sides["floor"]["count"] == sides["equal_n"]["count"] == sides["reconstruction"]["count"] < 101
+            assert all(side["low"] <= side["value"] <= side["high"] for side in sides.values())
+        assert set(document["resize"]) == {"reference", "features", "pixels"}
+        worst = document["worst_class"]["accuracy"]
+        assert worst["accuracy"] == report.metrics["accuracy_worst_class"] and worst["name"] in DIGIT_NAMES
+        assert {row["class"] for row in document["by_class"] if "fd_part" in row} == set(range(10))
+        pairs = document["nearest"]["samples"]
+        assert len(pairs) == 10 and pairs[0]["training_picture"].startswith("digits-0000")
+        assert [pair["closeness"] for pair in pairs] == sorted(pair["closeness"] for pair in pairs)
 
     def test_is_tracked_at_the_images_seen(self, config: EvaluateConfig, report: EvaluateReport) -> None:
         from mlflow import MlflowClient
@@ -222,7 +207,11 @@ class TestEvaluate:
         assert run.data.metrics["eval/accuracy"] == report.metrics["accuracy"]
         assert client.get_metric_history(str(report.run_id), "eval/recall")[0].step == 960
         assert run.data.tags["features"] == report.features
-        assert {file.path for file in client.list_artifacts(str(report.run_id))} == {"grid.png", "report.json"}
+        assert {file.path for file in client.list_artifacts(str(report.run_id))} == {
+            "grid.png",
+            "nearest.png",
+            "report.json",
+        }
         (reference,) = run.inputs.dataset_inputs
         assert reference.tags[0].value == "reference"
         (measured,) = run.inputs.model_inputs
@@ -250,10 +239,35 @@ class TestEvaluate:
         name = f"fd-{report.features}"
         floors = {f"{name}_equal_n", f"{name}_floor", "nearest_train_floor"}
         assert report.features.startswith("vae-")
-        assert set(report.metrics) == {name, "nearest_train"} | floors
+        assert set(report.metrics) >= {name, "nearest_train", "sliced_wasserstein"} | floors
+        assert not {"accuracy", "recall", "fid", "is"} & set(report.metrics)
+        chosen = evaluate(config.model_copy(update={**changes, "features": None}), endpoint)
+        assert chosen.metrics == report.metrics
         labelled = config.model_copy(update={**changes, "features": "classifier"})
         with pytest.raises(RequestError, match=r"features=classifier: the reference holds pictures without a label"):
             evaluate(labelled, endpoint)
+
+    def test_statistics_stand_for_the_pictures_that_they_are_of(
+        self, config: EvaluateConfig, endpoint: str, tmp_path: Path
+    ) -> None:
+        """In the features of a network of the user's own."""
+        network = write_script(Means(), tmp_path / "means.pt")
+        saved = str(tmp_path / "statistics.safetensors")
+        changes: dict[str, Any] = {
+            "num_images": 20,
+            "features": str(network),
+            "output": str(tmp_path),
+            "tracking": TrackingConfig(enabled=False),
+        }
+        whole = evaluate(config.model_copy(update={**changes, "save_statistics": saved}), endpoint)
+        alone = evaluate(config.model_copy(update={**changes, "reference": saved}), endpoint)
+        name = f"fd-{whole.features}"
+        assert whole.features.startswith("means-")
+        assert set(alone.metrics) == {name, f"{name}_low", f"{name}_high"}
+        assert alone.metrics[name] == pytest.approx(whole.metrics[name], rel=1e-9)
+        other = config.model_copy(update={**changes, "reference": saved, "features": None})
+        with pytest.raises(RequestError, match=r"^reference=.*: holds statistics of means-.*, not of vae-"):
+            evaluate(other, endpoint)
 
     def test_another_snapshot_is_refused(self, config: EvaluateConfig, endpoint: str, tmp_path: Path) -> None:
         other = write_tiny_snapshot(tmp_path / "other", seed=1)
@@ -277,8 +291,29 @@ class TestPlan:
 
     def test_an_unconditional_model_has_no_accuracy(self, digits: Path, tmp_path: Path) -> None:
         plain = write_tiny_snapshot(tmp_path / "plain", Conditioning())
-        self.check("^features=classifier: the model is unconditional; give features=vae", plain, digits)
+        says = "^features=classifier: the model is unconditional; give features=vae"
+        self.check(says, plain, digits, features="classifier")
+        assert plan(EvaluateConfig(snapshot=plain, reference=f"{digits}/*.tar")).features == "vae"
         self.check(r"^guidance_scale=2\.0: the model is", plain, digits, features="vae", guidance_scale=2.0)
+
+    def test_what_has_no_use_together_is_refused(self, snapshot: str, digits: Path, tmp_path: Path) -> None:
+        def check(message: str, **changes: Any) -> None:
+            given = {"snapshot": snapshot, "reference": f"{digits}/*.tar", **changes}
+            with pytest.raises(RequestError, match=message):
+                plan(EvaluateConfig(**given))
+
+        check(r"^features=inception: is none; give classifier, vae, or", features="inception")
+        check(r"^features=no\.pt: is not there", features="no.pt")
+        check(r"^save_statistics=s\.npz: takes a \.safetensors", save_statistics="s.npz")
+        # Of a classifier, which is another one each time:
+        check(r"^save_statistics=s\.safetensors: takes .* features that stay", save_statistics="s.safetensors")
+        check(r"^reference=s\.safetensors: is not there", reference="s.safetensors")
+        broken = tmp_path / "broken.safetensors"
+        broken.write_bytes(b"12345678{}")
+        check(r"^reference=.*broken.*: holds no statistics", reference=str(broken))
+        check(r"^features=classifier: statistics have no pictures", reference=str(broken), features="classifier")
+        save_file({"mean": torch.zeros(3)}, broken)
+        check(r"holds no statistics of ldm evaluate \(its format is None", reference=str(broken))
 
     def test_a_model_without_a_null_class_is_not_guided(self, snapshot: str, digits: Path, tmp_path: Path) -> None:
         url = Path(shutil.copytree(snapshot, tmp_path / "snapshot"))
@@ -379,13 +414,6 @@ def tar(pictures: torch.Tensor) -> bytes:
             header.size = len(member.getvalue())
             file.addfile(header, io.BytesIO(member.getvalue()))
     return buffer.getvalue()
-
-
-def repeated(pictures: Pictures, times: int) -> Pictures:
-    """The first picture of each class, so many times."""
-    assert pictures.labels is not None
-    first = torch.stack([(pictures.labels == label).nonzero()[0, 0] for label in torch.unique(pictures.labels)])
-    return pictures.take(first.repeat(times))
 
 
 def write_pictures(path: Path, labels: list[int | None]) -> str:

@@ -1,0 +1,83 @@
+"""What measuring costs beside sampling: seconds of each part, and its share of the seconds that drawing takes.
+
+    python tests/bench/bench_evaluate.py SNAPSHOT REFERENCE [FEATURES [NUM_IMAGES [STEPS]]]       two cores, minutes
+
+FEATURES: vae (the default) or a network's file. Pictures are drawn in this process, as `ldm sample` draws them, so that
+no server's start counts as sampling. Asked: measuring, features and reconstructions included, under 10% of drawing.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from ldm import metrics
+from ldm.drawing import load_sampler
+from ldm.features import VaeFeatures, load_extractor
+from ldm.plan import SamplerConfig
+from ldm.snapshot import read_snapshot
+from ldm.sources import find_shards
+from pipelines.evaluate import measures
+from pipelines.evaluate.measures import FLOOR, SAMPLES
+from pipelines.evaluate.memory import nearest
+from pipelines.evaluate.reference import Pictures, read_reference
+
+T = TypeVar("T")
+SECONDS: dict[str, float] = {}
+
+
+def timed(name: str, work: Callable[[], T]) -> T:
+    started = time.perf_counter()
+    result = work()
+    SECONDS[name] = time.perf_counter() - started
+    return result
+
+
+def main(snapshot_url: str, source: str, features: str, num_images: int, steps: int) -> None:
+    snapshot = read_snapshot(snapshot_url)
+    reference = read_reference(find_shards(source)[0], snapshot, 0.1, 20_000)
+    sampler = load_sampler(snapshot_url, batch_size=32)
+    labels, seeds = None, torch.arange(num_images)
+    if snapshot.conditioning.num_classes:
+        labels = seeds % snapshot.conditioning.num_classes
+    settings = SamplerConfig(num_inference_steps=steps)
+    with torch.inference_mode():
+        sampler.draw(labels, seeds[:32], settings)  # warms up
+        drawn = timed("drawing", lambda: sampler.draw(labels, seeds, settings))
+    network = VaeFeatures(sampler.autoencoder) if features == "vae" else load_extractor(features, drawn.shape[2:])
+    measure(Pictures(drawn.clone(), labels), reference, network, sampler.autoencoder)
+    report(len(drawn), len(reference.train))
+
+
+def measure(samples, reference, network, autoencoder):
+    """The parts of `pipelines.evaluate.figures.measure`, one by one."""
+    sets = timed("reconstructions", lambda: measures.make_sets(samples, reference, autoencoder, 0))
+    sides = timed("features of samples and floors", lambda: sets.describe(network.features))
+    train = timed("features of the training pictures", lambda: network.features(reference.train.pixels))
+    pixels, train_pixels = timed("reducing", lambda: (sets.describe(measures.compared), compared(reference.train)))
+    gaussian = metrics.fit_gaussian(train)
+    timed("fréchet", lambda: measures.frechet(sides, gaussian, network, 0))
+    timed("kernel", lambda: measures.kernel(sides, train, network, 0))
+    timed("manifolds", lambda: measures.manifolds(sides, train, network, 0))
+    timed("sliced", lambda: measures.sliced(pixels, train_pixels, 0))
+    near = {SAMPLES: pixels[SAMPLES], FLOOR: compared(reference.holdout)}
+    timed("nearest", lambda: nearest(near, train_pixels, 0))
+
+
+def compared(pictures):
+    return measures.compared(pictures.pixels)
+
+
+def report(drawn: int, train: int) -> None:
+    drawing = SECONDS.pop("drawing")
+    print(f"{drawn} pictures against {train}; drawing {drawing:.1f} s; of that")
+    for name, seconds in {**SECONDS, "all of measuring": sum(SECONDS.values())}.items():
+        print(f"{name:<36} {seconds:8.2f} s {seconds / drawing:8.1%}")
+
+
+if __name__ == "__main__":
+    given = sys.argv[1:]
+    rest = [*given[2:], *("vae", "500", "50")[len(given) - 2 :]]
+    main(given[0], given[1], rest[0], int(rest[1]), int(rest[2]))
