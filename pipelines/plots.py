@@ -54,7 +54,8 @@ def line(
         for colour, (name, (x, y, *interval)) in zip(_colours(series), series.items(), strict=True):
             axes.plot(x, y, marker="o", color=colour, label=name)
             if interval:
-                axes.fill_between(x, *interval, color=colour, alpha=0.18, linewidth=0)
+                low, high = interval
+                axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
     return _png(draw, x_label, y_label, title, log_x, log_y, legend=len(series) > 1)
 
@@ -76,8 +77,8 @@ def scatter_front(
                 axes.annotate(text, (x_i, y_i), (5, 4), textcoords="offset points", fontsize=8, color="#555555")
         x_all, y_all = (np.concatenate([np.asarray(cloud[i], float) for cloud in series.values()]) for i in (0, 1))
         best = pareto_front(x_all, y_all)
-        steps = {"drawstyle": "steps-post", "color": "#888888", "linewidth": 1.2, "zorder": 0}
-        axes.plot(x_all[best], y_all[best], label="Pareto front", **steps)
+        front: dict[str, Any] = {"color": "#888888", "label": "Pareto front"}
+        axes.plot(x_all[best], y_all[best], drawstyle="steps-post", linewidth=1.2, zorder=0, **front)
 
     return _png(draw, x_label, y_label, title, log_x, log_y, legend=True)
 
@@ -100,8 +101,9 @@ def _png(draw: Any, x_label: str, y_label: str, title: str, log_x: bool, log_y: 
     import matplotlib
     from matplotlib.figure import Figure
 
-    style = {**matplotlib.rcParamsDefault, **_STYLE}
-    with _DRAWING, matplotlib.rc_context({key: style[key] for key in style if key != "backend"}):
+    defaults: Any = matplotlib.rcParamsDefault
+    style: Any = {key: defaults[key] for key in defaults if key != "backend"} | _STYLE
+    with _DRAWING, matplotlib.rc_context(style):
         figure = Figure(figsize=SIZE_IN, dpi=DPI, layout="constrained")
         axes = figure.subplots()
         draw(axes)
