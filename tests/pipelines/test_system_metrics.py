@@ -84,7 +84,7 @@ def test_two_nodes_of_which_one_dies(tmp_path: Path) -> None:
     assert found == {
         "both": True,
         "goes_on": True,
-        "names": [f"system/{name}/cpu_utilization_percentage" for name in (host, f"{host}-node2")],
+        "names": [f"system/{name}/cpu_utilization_percentage" for name in (f"{host}-node2", host)],
     }
 
 
