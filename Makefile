@@ -5,13 +5,17 @@ PYTHON ?= python3
 #   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
+# What `make ui` shows, and where: make ui STORE=sqlite:///ldm-demo/mlflow.db PORT=5001
+STORE ?= sqlite:///mlflow.db
+PORT ?= 5000
+
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help venv python demo test test-fast test-faults test-install lint format wheel clean
+.PHONY: help venv python demo ui test test-fast test-faults test-install lint format wheel clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
@@ -31,6 +35,11 @@ python:
 
 demo: venv  ## the whole path on real handwritten digits: encode, train, serve, evaluate
 	$(BIN)/ldm demo
+
+ui: venv  ## MLflow's page on this machine's runs, at http://127.0.0.1:5000 (STORE=…, PORT=…)
+	@$(BIN)/python -c 'import socket; socket.create_server(("127.0.0.1", $(PORT))).close()' 2>/dev/null || { \
+	  echo "PORT=$(PORT): is in use or no port; give a free one, as in: make ui PORT=5001" >&2; exit 1; }
+	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
 
 test: venv  ## every test but the long fault rounds; what needs no Ray on two processes
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not ray and not wheel"

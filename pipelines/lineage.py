@@ -6,6 +6,7 @@ What a run that goes on writes again stands there once: MLflow keeps one input f
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,9 @@ from ldm.snapshot import Snapshot
 
 WEIGHTS_TAG = "weights_sha256"
 BEST_TAG = "best"
+GONE_TAG = "removed"
+SNAPSHOT_PARAM = "snapshot"
+_EXTERNAL_TAG = "mlflow.model.isExternal"
 
 
 @dataclass(frozen=True)
@@ -74,18 +78,22 @@ def write_dataset(client: Any, run_id: str, dataset: TrackedDataset, context: st
     client.log_inputs(run_id, [DatasetInput(entity, [InputTag("mlflow.data.context", context)])])
 
 
+def plain_name(name: str) -> str:
+    """A name of a model without the characters that MLflow refuses."""
+    return "".join("-" if character in "/:.%\"'" else character for character in name)
+
+
 def snapshot_model(run_name: str, snapshot: Snapshot) -> TrackedModel:
     params = {
-        "snapshot": snapshot.url,
+        SNAPSHOT_PARAM: snapshot.url,
         "step": snapshot.step,
         "images_seen": snapshot.images_seen,
         "latent_shape": list(snapshot.latent_shape),
         "num_classes": snapshot.conditioning.num_classes,
         **{f"denoiser.{key}": value for key, value in snapshot.denoiser.items()},
     }
-    name = f"{run_name}-step-{snapshot.step}"
     return TrackedModel(
-        "".join("-" if character in "/:.%\"'" else character for character in name),  # which MLflow refuses
+        plain_name(f"{run_name}-step-{snapshot.step}"),
         snapshot.images_seen,
         snapshot.weights_sha256,
         fingerprint_hash(snapshot.fingerprint),
@@ -100,7 +108,7 @@ def write_model(client: Any, run_id: str, experiment_id: str, tracked: TrackedMo
     """
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
 
-    model, linked = _model_of(client, run_id, experiment_id, tracked.weights_sha256), set()
+    model, linked = model_of(client, run_id, experiment_id, tracked.weights_sha256), set()
     if model is None:
         model = _create_model(client, run_id, experiment_id, tracked)
     else:  # only then is there more to ask for: a run lists the models of all its snapshots
@@ -115,7 +123,7 @@ def write_best_model(
     client: Any, run_id: str, experiment_id: str, weights_sha256: str, metric: str, value: float
 ) -> None:
     """Tags the run's model with these weights as the best one by a metric, and no other of its models."""
-    model = _model_of(client, run_id, experiment_id, weights_sha256)
+    model = model_of(client, run_id, experiment_id, weights_sha256)
     if model is None:
         raise ValueError(f"run {run_id} has no model with the weights {weights_sha256}")
     best = f"tags.{BEST_TAG} = '{metric}' AND source_run_id = '{run_id}'"
@@ -129,15 +137,65 @@ def write_used_model(client: Any, run_id: str, experiment_id: str, weights_sha25
     """Links the run to the newest logged model with these weights in its experiment, where there is one."""
     from mlflow.entities import LoggedModelInput
 
-    wanted = f"tags.{WEIGHTS_TAG} = '{weights_sha256}'"
-    if models := client.search_logged_models([experiment_id], filter_string=wanted, max_results=1):
-        client.log_inputs(run_id, models=[LoggedModelInput(models[0].model_id)])
+    if model := _newest_model(client, experiment_id, weights_sha256):
+        client.log_inputs(run_id, models=[LoggedModelInput(model.model_id)])
 
 
-def _model_of(client: Any, run_id: str, experiment_id: str, weights_sha256: str) -> Any:
+def write_score(
+    client: Any,
+    run_id: str,
+    experiment_id: str,
+    weights_sha256: str,
+    step: int,
+    group: str,
+    dataset_name: str | None,
+    dataset_digest: str | None,
+) -> None:
+    """Gives the run's metrics `group…` at a step to the model too: its own one with these weights, or the newest.
+
+    The very same points are logged again with the model's id, which the store holds once.
+    """
+    from mlflow.entities import Metric
+
+    model = model_of(client, run_id, experiment_id, weights_sha256)
+    model = model or _newest_model(client, experiment_id, weights_sha256)
+    if model is None:
+        return
+    keys = [key for key in client.get_run(run_id).data.metrics if key.startswith(group)]
+    points = [point for key in keys for point in client.get_metric_history(run_id, key) if point.step == step]
+    dataset = {"dataset_name": dataset_name, "dataset_digest": dataset_digest}
+    metrics = [
+        Metric(point.key, point.value, point.timestamp, step, model_id=model.model_id, **dataset)
+        for point in points
+        if math.isfinite(point.value)
+    ]
+    if metrics:
+        client.log_batch(run_id, metrics=metrics)
+
+
+def write_gone_models(client: Any, run_id: str, experiment_id: str, hashes: list[str]) -> None:
+    """Tags the run's models with these weights as removed: their URLs lead nowhere any more."""
+    for weights_sha256 in hashes:
+        if model := model_of(client, run_id, experiment_id, weights_sha256):
+            client.set_logged_model_tags(model.model_id, {GONE_TAG: "true"})
+
+
+def mark_uploaded(client: Any, model: Any) -> None:
+    """The model's files are in MLflow's store."""
+    if _EXTERNAL_TAG in model.tags:
+        client.delete_logged_model_tag(model.model_id, _EXTERNAL_TAG)
+
+
+def model_of(client: Any, run_id: str, experiment_id: str, weights_sha256: str) -> Any:
     """The run's logged model with these weights, or None."""
     wanted = f"tags.{WEIGHTS_TAG} = '{weights_sha256}' AND source_run_id = '{run_id}'"
     return next(iter(client.search_logged_models([experiment_id], filter_string=wanted)), None)
+
+
+def _newest_model(client: Any, experiment_id: str, weights_sha256: str) -> Any:
+    """The experiment's newest logged model with these weights, or None."""
+    wanted = f"tags.{WEIGHTS_TAG} = '{weights_sha256}'"
+    return next(iter(client.search_logged_models([experiment_id], filter_string=wanted, max_results=1)), None)
 
 
 def _create_model(client: Any, run_id: str, experiment_id: str, tracked: TrackedModel) -> Any:
@@ -148,7 +206,7 @@ def _create_model(client: Any, run_id: str, experiment_id: str, tracked: Tracked
         tags={
             WEIGHTS_TAG: tracked.weights_sha256,
             "fingerprint": tracked.fingerprint,
-            "mlflow.model.isExternal": "true",  # its weights are not in MLflow's store
+            _EXTERNAL_TAG: "true",  # its weights are not in MLflow's store
         },
         params=tracked.params,
         model_type="latent-diffusion",

@@ -26,11 +26,11 @@ from pipelines.tracking_records import (
     Record,
     Status,
     Upload,
-    Writer,
     from_values,
     one_line,
     to_values,
 )
+from pipelines.tracking_writer import Writer
 
 BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 KEEP_AFTER_S = 5.0
@@ -131,7 +131,8 @@ class Outbox:
 
     def _uploads(self, lane: _Lane) -> bool:
         with self._changed:
-            return bool(lane.items) and isinstance(lane.items[0].record, Upload) and not lane.failures
+            calm = not any(other.failures for other in self._lanes)  # it may wait for the other lane
+            return bool(lane.items) and isinstance(lane.items[0].record, Upload) and calm
 
     def _send_loop(self, lane: _Lane) -> None:
         while batch := self._next(lane):
@@ -149,7 +150,7 @@ class Outbox:
                 pause = BACKOFF_S[0] if self._closing else BACKOFF_S[min(lane.failures, len(BACKOFF_S)) - 1]
                 closing = self._closing
                 self._changed.wait_for(lambda: self._abandoned or self._closing != closing, pause)
-            self._changed.wait_for(lambda: self._abandoned or (self._ready and (lane.items or self._closing)))
+            self._changed.wait_for(lambda: self._abandoned or (self._ready and self._may_go_on(lane)))
             if self._abandoned or not lane.items:
                 return []
             first = lane.items[0]
@@ -161,6 +162,14 @@ class Outbox:
                 if not isinstance(item.record, Points):
                     break
             return batch
+
+    def _may_go_on(self, lane: _Lane) -> bool:
+        """Whether there is something to be sent now, or nothing more. Weights wait for the model that they go into."""
+        if not lane.items:
+            return self._closing
+        first = lane.items[0]
+        others = () if lane is self._run or not isinstance(first.record, Upload) else self._run.items
+        return not any(item.since <= first.since for item in others)
 
     def _failed(self, lane: _Lane, error: Exception) -> None:
         with self._changed:

@@ -4,18 +4,16 @@ The step axis is images seen, so that runs of different batch sizes compare. A r
 that it began, and only what is new.
 """
 
-import contextlib
 import json
 import os
 import threading
 import time
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import Field
 
 from ldm import storage
 from ldm.config import Config, RequestError
@@ -23,23 +21,28 @@ from ldm.snapshot import Snapshot
 from pipelines import lineage
 from pipelines.outbox import Outbox
 from pipelines.progress import say
+from pipelines.tracking_config import TrackingConfig, create_run
+from pipelines.tracking_files import grid_names, table_file
 from pipelines.tracking_records import (
     Artifact,
     BestModel,
+    Candidate,
+    GoneModels,
     OutputModel,
     Points,
     Record,
+    Score,
+    ShownTable,
     Status,
     Tags,
     Upload,
     UsedDataset,
     UsedModel,
-    Writer,
     one_line,
     without_password,
 )
+from pipelines.tracking_writer import Writer
 
-DEFAULT_URI = "sqlite:///mlflow.db"
 PROGRESS_KEY = "progress/optimizer_step"
 START_WAIT_S = 15.0
 """How long a run that goes on waits to hear that MLflow has it."""
@@ -47,22 +50,6 @@ EXIT_WAIT_S = 30.0
 """How long a finished stage waits for what is not sent yet."""
 SECURE_WAIT_S = 2.0
 WORKER_EXIT_WAIT_S = 5.0
-
-
-class TrackingConfig(Config):
-    """Where a stage is tracked in MLflow."""
-
-    enabled: bool = Field(True, description="whether the stage is written to MLflow")
-    uri: str | None = Field(None, description=f"tracking server; null: MLFLOW_TRACKING_URI, else {DEFAULT_URI}")
-    experiment: str | None = Field(None, description="experiment; null: MLFLOW_EXPERIMENT_NAME, else ldm")
-
-    def resolved(self) -> "TrackingConfig":
-        """With URI and experiment named, so that a worker in another folder writes to the same place."""
-        uri = self.uri or os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
-        if uri.startswith("sqlite:///"):
-            uri = f"sqlite:///{storage.absolute(uri.removeprefix('sqlite:///'))}"
-        experiment = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME") or "ldm"
-        return TrackingConfig(enabled=self.enabled, uri=uri, experiment=experiment)
 
 
 class Tracker:
@@ -93,6 +80,8 @@ class Tracker:
         self._client: Any = None
         self._connecting = threading.Lock()
         self._outbox: Outbox | None = None
+        self._measured: str | None = None  # the hash of the weights that the run measures
+        self._data: lineage.TrackedDataset | None = None  # that it named last
 
     def __enter__(self) -> "Tracker":
         if not self.config.enabled:
@@ -127,6 +116,12 @@ class Tracker:
         """Metrics at a number of images seen; what the run already holds from before a restart is left out."""
         values = {key: float(value) for key, value in metrics.items()}
         self._put(Points(values, images_seen, int(time.time() * 1000)))
+        if self._measured is not None and any(key.startswith("eval/") for key in values):
+            self._put(Score.of(self._measured, images_seen, "eval/", self._data))
+
+    def system(self, metrics: dict[str, float]) -> None:
+        """`system/…` metrics of this moment; their step is the seconds since the run began."""
+        self._put(Points(metrics, None, int(time.time() * 1000)))
 
     def secure(self) -> None:
         """What was given until now outlives a SIGKILL: it is in MLflow, or in a file of `folder`. Takes at most about
@@ -139,9 +134,24 @@ class Tracker:
 
     def image(self, name: str, pixels: npt.NDArray[np.uint8]) -> None:
         """One picture, uint8 (3, H, W), as the artifact `name` (a .png)."""
-        if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
-            raise ValueError(f"{name}: is {pixels.dtype} {pixels.shape}, not uint8 (3, H, W)")
+        _check_picture(name, pixels)
         self._put(Artifact(name, pixels))
+
+    def grid(self, key: str, pixels: npt.NDArray[np.uint8], images_seen: int) -> None:
+        """A grid of pictures, uint8 (3, H, W), that MLflow shows under `key` with a slider over the images seen."""
+        _check_picture(key, pixels)
+        for name in grid_names(key, pixels, images_seen, int(time.time() * 1000)):
+            self._put(Artifact(name, pixels))
+        self.tag({"mlflow.loggedImages": "True"})  # by which its page knows that there are any
+
+    def figure(self, name: str, png: bytes) -> None:
+        """A plot of `pipelines.plots` as the artifact `name` (a .png)."""
+        self._put(Artifact(name, png))
+
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Rows of plain values by column as the artifact `name` (a .json), which MLflow shows as a table."""
+        self._put(Artifact(name, table_file(rows)))
+        self._put(ShownTable(name))
 
     def document(self, name: str, value: Any) -> None:
         """A JSON document as the artifact `name`."""
@@ -149,23 +159,37 @@ class Tracker:
 
     def dataset(self, dataset: lineage.TrackedDataset, context: str) -> None:
         """A data set that the run reads or writes, in the role `context`, such as "training"."""
+        self._data = dataset
         self._put(UsedDataset(dataset, context))
 
     def model(self, snapshot: Snapshot) -> None:
         """A snapshot that came of the run, as a logged model that points to it."""
         self._put(OutputModel(lineage.snapshot_model(storage.name(self.name), snapshot)))
 
-    def best_model(self, snapshot: Snapshot, metric: str, value: float) -> None:
-        """Tags the snapshot's model as the best one of the run by `metric`, and uploads the snapshot to `best/`.
+    def validated(self, snapshot: Snapshot, dataset: lineage.TrackedDataset) -> None:
+        """The `val/…` metrics that the run has at the snapshot's images seen become metrics of its logged model too."""
+        self._put(Score.of(snapshot.weights_sha256, snapshot.images_seen, "val/", dataset))
 
-        For the end of a run.
+    def best_model(self, snapshot: Snapshot, metric: str, value: float, measured_on: str) -> None:
+        """The snapshot is the best one of the run by `metric`, of which less is better.
+
+        It is tagged, its model holds it whole (`mlflow.pyfunc.load_model`), and it becomes a version of the registered
+        model, whose champion it is unless that one is better on the same; measured_on names what was measured on.
         """
         self.model(snapshot)
         self._put(BestModel(snapshot.weights_sha256, metric, float(value)))
-        self._put(Upload(snapshot.url, "best"))
+        self._put(Candidate(snapshot.weights_sha256, self.config.registered_name, metric, float(value), measured_on))
+        self._put(Upload(snapshot.url, snapshot.weights_sha256))
+
+    def gone_models(self, weights_sha256: Sequence[str]) -> None:
+        """Snapshots of the run that were removed: their models, by the hash of the weights, are tagged so."""
+        if weights_sha256:
+            self._put(GoneModels(list(weights_sha256)))
 
     def used_model(self, snapshot: Snapshot) -> None:
-        """The snapshot that the run measures, where a run of this experiment has logged it."""
+        """The snapshot that the run measures, where a run of this experiment has logged it: the `eval/…` metrics that
+        are logged from now on are the model's too."""
+        self._measured = snapshot.weights_sha256
         self._put(UsedModel(snapshot.weights_sha256))
 
     def _put(self, record: Record) -> None:
@@ -185,7 +209,7 @@ class Tracker:
         if self.run_id is not None and not self._is_gone(self.run_id):
             return None
         try:
-            self.run_id = self._create_run()
+            self.run_id = create_run(self._connect(), self.config, self.name, self.params)
         except Exception as error:  # any client, server or network fault: nothing has begun yet
             raise RequestError(
                 f"tracking.uri={self._uri}: cannot be written to ({one_line(error)}); "
@@ -219,54 +243,10 @@ class Tracker:
             say(f"tracking: {self._uri} does not answer, goes on and sends later ({one_line(answer)})")
         return gone
 
-    def _create_run(self) -> str:
-        from mlflow.entities import Param
 
-        client = self._connect()
-        experiment = client.get_experiment_by_name(self.config.experiment)
-        experiment_id = experiment.experiment_id if experiment else self._create_experiment()
-        tags = {"stage": self.name.split("/")[0], "mlflow.source.git.commit": _git_commit()}
-        run = client.create_run(experiment_id, run_name=self.name, tags={k: v for k, v in tags.items() if v})
-        run_id = str(run.info.run_id)
-        if self.params is not None:
-            flat = _flatten(self.params.model_dump(mode="json", exclude={"tracking"}))
-            client.log_batch(run_id, params=[Param(k, str(v)[:6000]) for k, v in flat.items()])
-        return run_id
-
-    def _create_experiment(self) -> str:
-        from mlflow.exceptions import MlflowException
-
-        uri, location = str(self.config.uri), None
-        if uri.startswith("sqlite:///"):  # beside the database, wherever the writer stands
-            location = str(Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts")
-        try:
-            return str(self._client.create_experiment(self.config.experiment, artifact_location=location))
-        except MlflowException:  # another stage made it in the meantime
-            experiment = self._client.get_experiment_by_name(self.config.experiment)
-            if experiment is None:
-                raise
-            return str(experiment.experiment_id)
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def _git_commit() -> str:
-    """Of the folder that the program is run in, or nothing where that is no git checkout."""
-    import subprocess
-
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        command = ["git", "rev-parse", "HEAD"]
-        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-        return found.stdout.strip() if found.returncode == 0 else ""
-    return ""
+def _check_picture(name: str, pixels: npt.NDArray[np.uint8]) -> None:
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or len(pixels) != 3:
+        raise ValueError(f"{name}: is {pixels.dtype} {pixels.shape}, not uint8 (3, H, W)")
 
 
 def _quiet() -> None:

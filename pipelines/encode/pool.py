@@ -34,12 +34,16 @@ class SetAside:
 
 @dataclass
 class EncoderPool:
-    """Yields what becomes of each task, in the order in which they end. `started`: when the first actor was ready."""
+    """Yields what becomes of each task, in the order in which they end.
+
+    started: when the first actor was ready. nodes: the ids of those that actors were on.
+    """
 
     config: EncodeConfig
     fingerprint: str
     tasks: tuple[Task, ...]
     started: float | None = None
+    nodes: set[str] = field(default_factory=set)
     _queue: deque[Task] = field(default_factory=deque)
     _tries: Counter[str] = field(default_factory=Counter)
     _load: dict[Any, int] = field(default_factory=dict)  # actors that are ready => shards that each works on
@@ -131,7 +135,7 @@ class EncoderPool:
 
         actor = self._starting.pop(future)
         try:
-            ray.get(future)
+            self.nodes.add(ray.get(future))
         except ray.exceptions.RayError as error:
             self._failed_starts += 1
             if self._failed_starts > self.config.max_tries and not self._load:

@@ -25,6 +25,7 @@ from pipelines.encode.plan import EncodePlan, mark_url, plan
 from pipelines.encode.pool import EncoderPool, SetAside
 from pipelines.encode.worker import ShardResult
 from pipelines.progress import Progress, say
+from pipelines.system_metrics import SystemMetrics
 from pipelines.tracking import Tracker
 
 _SHOWN = 20  # quarantined samples said one by one; all are in their files
@@ -102,7 +103,8 @@ class _Work:
     def run(self) -> None:
         pool = EncoderPool(self.config, fingerprint_hash(self.todo.fingerprint), self.todo.tasks)
         logged = time.monotonic()
-        with Progress("encode", len(self.todo.tasks), "shards") as progress:
+        watched = SystemMetrics(self.tracker, lambda: set(pool.nodes))
+        with watched, Progress("encode", len(self.todo.tasks), "shards") as progress:
             for end in pool:
                 if isinstance(end, SetAside):
                     self.set_aside[receipt_name(end.task.shard.name, end.task.attempt)] = end

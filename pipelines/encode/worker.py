@@ -92,8 +92,11 @@ class ShardEncoder:
         if fingerprint_hash(found) != self.fingerprint:
             raise RuntimeError(f"{self._autoencoder_url}: is not the autoencoder of this run; give another destination")
 
-    def ready(self) -> None:
-        """Answers once the autoencoder is loaded."""
+    def ready(self) -> str:
+        """Answers once the autoencoder is loaded, with the id of its node."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def encode_shard(self, task: Task) -> ShardResult:
         """Reads, decodes, encodes and commits one input shard. Raises OSError or tarfile.TarError."""

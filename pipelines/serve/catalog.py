@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from ldm import storage
 from ldm.config import RequestError
 from ldm.snapshot import Snapshot, read_snapshot
+from pipelines.lineage import SNAPSHOT_PARAM
+from pipelines.registry import SNAPSHOT_TAG
 
 MLFLOW = "models:/"
 SNAPSHOTS = "snapshots"
@@ -98,9 +100,11 @@ def _resolve_mlflow(reference: str) -> str:
         else:
             name, _, number = name.partition("/")
             version = client.get_model_version(name, number)
+        if SNAPSHOT_TAG in version.tags:  # as `ldm train` makes them
+            return str(version.tags[SNAPSHOT_TAG])
         source = str(version.source)
-        if source.startswith(MLFLOW):  # a logged model, as `ldm train` makes them
-            return str(client.get_logged_model(source.removeprefix(MLFLOW)).params["snapshot"])
+        if source.startswith(MLFLOW):  # a logged model, which somebody registered
+            return str(client.get_logged_model(source.removeprefix(MLFLOW)).params[SNAPSHOT_PARAM])
     except (MlflowException, KeyError) as error:
         text = " ".join(str(error).split())[:160]
         raise RequestError(

@@ -70,6 +70,10 @@ class Board:
         """How many workers have begun so far."""
         return self.entered
 
+    def where(self) -> set[str]:
+        """The ids of the nodes that workers are on."""
+        return set(self.nodes.values())
+
     def started(self, seconds: dict[str, float]) -> None:
         """The first step is done; rank 0 gives the seconds of each phase since its `enter`."""
         self.attempt = {**self.attempt, "first_step": {**self.attempt["waits"], **seconds}}

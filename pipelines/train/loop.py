@@ -6,7 +6,6 @@ are functions of (seed, epoch, sample id).
 
 import contextlib
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from ldm.cost import UntraceableError
 from ldm.latents.batch import LatentBatch
 from ldm.snapshot import read_snapshot
+from pipelines import lineage
 from pipelines.tracking import PROGRESS_KEY, Tracker
 from pipelines.train import zero
 from pipelines.train.build import build_denoiser, build_engine, ema_profiles, open_holdout, open_latents
@@ -34,7 +34,7 @@ from pipelines.train.resume import Origin, find_origin, resume
 from pipelines.train.saver import Saver
 from pipelines.train.schedule import learning_rate
 from pipelines.train.signals import Notices
-from pipelines.train.snapshots import is_there, make_snapshot, prune_snapshots, snapshot_url
+from pipelines.train.snapshots import is_there, make_snapshot, prune_snapshots, snapshot_url, validated_snapshot
 from pipelines.train.start_times import StartTimes
 from pipelines.train.tell import tell
 from pipelines.train.validation import Validation
@@ -109,11 +109,13 @@ class Worker:
         started = time.monotonic()
         self.meter.restart()
         self._show()
-        on_gpu = self.device.type == "cuda"
-        batches = self.dataset.batches(self.batches_read, rank=self.rank, world=self.world, workers=1, pin=on_gpu)
+        pin = self.device.type == "cuda"
+        batches = self.dataset.batches(self.batches_read, rank=self.rank, world=self.world, workers=1, pin=pin)
         with contextlib.closing(batches):
             while self.step < self.config.max_steps:
-                applied, save, stop = self._train_step(self._next(batches))
+                with self.meter.waiting():
+                    batch = next(batches)
+                applied, save, stop = self._train_step(batch)
                 self._after_step(applied, save, stop)
                 self._show()
                 if stop:
@@ -131,12 +133,6 @@ class Worker:
             "steady_images_per_second": self.point.get("perf/images_per_second"),
             "peak_memory_gb": self.point.get("perf/memory_gb"),
         }
-
-    def _next(self, batches: Iterator[LatentBatch]) -> LatentBatch:
-        asked = time.monotonic()
-        batch = next(batches)
-        self.meter.clock.waited += time.monotonic() - asked
-        return batch
 
     def _train_step(self, batch: LatentBatch) -> tuple[bool, bool, bool]:
         """One optimizer step: the rank's share in micro-batches.
@@ -211,9 +207,8 @@ class Worker:
         """A point in MLflow: means over ranks and over the steps since the last point."""
         point = self.point = self.meter.point(self.device)
         self.loss = point.get("train/loss", self.loss)
-        rate = learning_rate(self.config, self.images_seen)
         counts = {
-            "train/learning_rate": rate,
+            "train/learning_rate": learning_rate(self.config, self.images_seen),
             "train/loss_spikes": self.guard.spikes,
             "perf/workers": self.world,
             "perf/micro_batch_size": self.micro_batch,
@@ -236,8 +231,14 @@ class Worker:
             if self.rank == 0:
                 self.tracker.secure()
                 note_validation(self.config.output, self.step, losses["val/loss"], self.validation.samples)
+                self._say_validated(self.step)
         if grid is not None:
-            self.tracker.image(f"samples/step-{self.step:010d}.png", grid)
+            self.tracker.grid("samples", grid, self.images_seen)
+
+    def _say_validated(self, step: int) -> None:
+        """A step's validation is its snapshot's: said by whichever of the two comes last, or by both."""
+        if (snapshot := validated_snapshot(self.config.output, step)) is not None:
+            self.tracker.validated(snapshot, lineage.latent_dataset(self.dataset.manifest))
 
     def _build_saver(self) -> Saver:
         config = self.config
@@ -286,13 +287,15 @@ class Worker:
         """What a kill after the checkpoint may have prevented."""
         if is_there(self.config.output, self.step):
             self.tracker.model(read_snapshot(self.snapshot))
+            self._say_validated(self.step)
         else:
             self._write_snapshot(checkpoint, {"step": self.step, "images_seen": self.images_seen})
 
     def _write_snapshot(self, checkpoint: str, progress: dict[str, Any]) -> None:
         """Of a committed checkpoint; on rank 0, beside the training."""
         self.tracker.model(make_snapshot(self.config, self.dataset, checkpoint, progress))
-        prune_snapshots(self.config.output, self.config.keep_snapshots)
+        self._say_validated(progress["step"])
+        self.tracker.gone_models(prune_snapshots(self.config.output, self.config.keep_snapshots))
 
     def _show(self) -> None:
         if self.board is not None:

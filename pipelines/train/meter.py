@@ -83,6 +83,13 @@ class Meter:
         }
 
     @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """For data."""
+        began = time.monotonic()
+        yield
+        self.clock.waited += time.monotonic() - began
+
+    @contextlib.contextmanager
     def pause(self) -> Iterator[None]:
         """For what is no training, such as validation: its time is left out."""
         began = time.monotonic()

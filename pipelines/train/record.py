@@ -101,10 +101,15 @@ def validations(output: str) -> dict[int, Validated]:
     return {int(s): Validated(**v) if isinstance(v, dict) else Validated(v, "") for s, v in values.items()}
 
 
+def newest_samples(output: str) -> str:
+    """The samples of the newest validation; empty where there is none."""
+    found = validations(output)
+    return found[max(found)].samples if found else ""
+
+
 def best_steps(output: str) -> list[tuple[float, int]]:
     """(loss, optimizer step) of the validations on the samples of the newest one, best first."""
-    found = validations(output)
-    samples = found[max(found)].samples if found else ""
+    found, samples = validations(output), newest_samples(output)
     return sorted((one.loss, step) for step, one in found.items() if one.samples == samples and one.loss is not None)
 
 

@@ -1,9 +1,10 @@
 """The driver's side of training: checks the request, claims the output, has the workers train, reports."""
 
+import hashlib
 from dataclasses import dataclass
 
 from ldm import storage
-from ldm.config import RequestError
+from ldm.config import RequestError, canonical_json
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import fingerprint_hash
 from ldm.snapshot import read_snapshot
@@ -20,6 +21,7 @@ from pipelines.train.record import (
     RunRecord,
     best_steps,
     exclusions_asked,
+    newest_samples,
     read_record,
     tracking_url,
     write_exclusions,
@@ -155,16 +157,20 @@ def train(config: TrainConfig) -> TrainReport:
         def started(step: int, seconds: float) -> None:
             tracker.log({"perf/start_seconds": seconds}, step * config.global_batch_size)
 
-        result = run_workers(config, record, tracker.run_id, started)
-        _name_the_best(config, tracker)
+        result = run_workers(config, record, tracker, started)
+        _name_the_best(config, tracker, generation)
     return TrainReport(**result, run_id=tracker.run_id)
 
 
-def _name_the_best(config: TrainConfig, tracker: Tracker) -> None:
+def _name_the_best(config: TrainConfig, tracker: Tracker, generation: str) -> None:
     """Of the snapshots that are there and were validated as the last one was, the one with the smallest loss."""
+    samples = newest_samples(config.output)
     for loss, step in best_steps(config.output):
         if is_there(config.output, step):
-            tracker.best_model(read_snapshot(snapshot_url(config.output, step)), "val/loss", loss)
+            # What a loss depends on beside the weights.
+            about = [samples, generation, config.diffusion.model_dump(mode="json")]
+            measured_on = hashlib.sha256(canonical_json(about).encode()).hexdigest()[:16]
+            tracker.best_model(read_snapshot(snapshot_url(config.output, step)), "val/loss", loss, measured_on)
             return
 
 

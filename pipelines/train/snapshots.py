@@ -11,7 +11,7 @@ from ldm.latents.dataset import LatentDataset
 from ldm.snapshot import Snapshot, read_snapshot, write_snapshot
 from pipelines.train.checkpoint import read_full
 from pipelines.train.config import TrainConfig
-from pipelines.train.record import best_steps
+from pipelines.train.record import best_steps, validations
 
 PROFILE = "main"
 """The average that a snapshot holds."""
@@ -55,17 +55,30 @@ def snapshot_steps(output: str) -> list[int]:
     return [step for step in _steps(output) if is_there(output, step)]
 
 
-def prune_snapshots(output: str, keep: int | None) -> None:
-    """Removes snapshots but the newest `keep` and the best one by validation loss; None: all stay."""
+def validated_snapshot(output: str, step: int) -> Snapshot | None:
+    """The snapshot of a step, where it is whole and was validated."""
+    there = step in validations(output) and is_there(output, step)
+    return read_snapshot(snapshot_url(output, step)) if there else None
+
+
+def prune_snapshots(output: str, keep: int | None) -> list[str]:
+    """Removes snapshots but the newest `keep` and the best one by validation loss; None: all stay.
+
+    Returns the hashes of the weights of those that were whole.
+    """
+    gone: list[str] = []
     if keep is None:
-        return
+        return gone
     whole = snapshot_steps(output)
     best = next((step for _, step in best_steps(output) if step in whole), None)
     for step in _steps(output):
         if whole and step < whole[-1] and step not in (*whole[-keep:], best):
             url = snapshot_url(output, step)
+            if step in whole:
+                gone.append(storage.read_json(storage.join(url, "snapshot.json"))["weights_sha256"])
             storage.remove(storage.join(url, "snapshot.json"))  # first: what is half removed is none
             storage.remove(url)
+    return gone
 
 
 def _steps(output: str) -> list[int]:

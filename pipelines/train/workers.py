@@ -11,6 +11,8 @@ from ldm import storage
 from ldm.config import RequestError
 from pipelines import cluster
 from pipelines.progress import say
+from pipelines.system_metrics import SystemMetrics
+from pipelines.tracking import Tracker
 from pipelines.train.board import Board, watch
 from pipelines.train.build import check_compiler
 from pipelines.train.config import TrainConfig
@@ -57,7 +59,7 @@ def check_cluster(config: TrainConfig) -> None:
 
 
 def run_workers(
-    config: TrainConfig, record: RunRecord, run_id: str | None, started: Callable[[int, float], None]
+    config: TrainConfig, record: RunRecord, tracker: Tracker, started: Callable[[int, float], None]
 ) -> dict[str, Any]:
     """Trains, and shows what rank 0 reports meanwhile; returns the report's values.
 
@@ -79,7 +81,7 @@ def run_workers(
         "config": config.model_dump(mode="json"),
         "generations": record.generations,
         "exclusions": {at: storage.absolute(storage.join(config.output, url)) for at, url in record.exclusions.items()},
-        "run_id": run_id,
+        "run_id": tracker.run_id,
         "device": device,
         "dashboard": cluster.has_dashboard(),
         "board": board,
@@ -88,8 +90,9 @@ def run_workers(
     try:
         fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
         running = fit.remote(job, config.max_failures, worlds, scratch, filesystem)
-        stopped_by = watch(running, board, config.max_steps, started)
-        ray.get(running)
+        with SystemMetrics(tracker, lambda: ray.get(board.where.remote())):
+            stopped_by = watch(running, board, config.max_steps, started)
+            ray.get(running)
     except ray.exceptions.RayError as error:
         raise _failure(error, board) from error
     finally:

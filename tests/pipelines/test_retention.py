@@ -81,7 +81,8 @@ def test_the_newest_snapshots_and_the_best_one_stay(tmp_path, where):
     def fake_snapshot(step: int, whole: bool = True) -> None:
         storage.write_bytes(storage.join(snapshot_url(output, step), "denoiser", "weights"), b"weights")
         if whole:
-            storage.write_bytes(storage.join(snapshot_url(output, step), "snapshot.json"), b"{}")
+            about = f'{{"weights_sha256": "weights of {step}"}}'.encode()
+            storage.write_bytes(storage.join(snapshot_url(output, step), "snapshot.json"), about)
 
     def left() -> list[str]:
         return [name.lstrip("step-0") for name in storage.list_dir(storage.join(output, "snapshots"))]
@@ -93,12 +94,12 @@ def test_the_newest_snapshots_and_the_best_one_stay(tmp_path, where):
     fake_snapshot(250, whole=False)
     fake_snapshot(500, whole=False)  # may be under way
     storage.write_bytes(storage.join(output, "snapshots", "mine.txt"), b"somebody's")
-    prune_snapshots(output, None)
+    assert prune_snapshots(output, None) == []
     assert len(left()) == 7
-    prune_snapshots(output, 2)
+    assert prune_snapshots(output, 2) == ["weights of 100"]
     assert snapshot_steps(output) == [200, 300, 400] and left() == ["mine.txt", "200", "300", "400", "500"]
     note_validation(output, 400, 0.05, "9 of a")
-    prune_snapshots(output, 1)
+    assert prune_snapshots(output, 1) == ["weights of 200", "weights of 300"]
     assert snapshot_steps(output) == [400]
     if where == "memory":
         fsspec.filesystem("memory").rm("/" + tmp_path.name, recursive=True)

@@ -203,25 +203,6 @@ def test_a_run_that_goes_on_holds_its_lineage_once(store, client, tmp_path, monk
     assert len(client.search_logged_models([experiment], f"source_run_id = '{began.run_id}'")) == 2
 
 
-def test_the_best_snapshot_of_a_run_is_tagged_and_uploaded(store, client, tmp_path):
-    """A run that goes on may find a better one: then that is the only one."""
-    first, last = (read_snapshot(write_tiny_snapshot(tmp_path / str(seed), seed=seed)) for seed in (9, 10))
-    with Tracker(store, "train/run") as train:
-        train.model(first)
-        train.best_model(first, "val/loss", 0.5)
-    with Tracker(store, "train/run", run_id=train.run_id) as train:
-        train.best_model(last, "val/loss", 0.25)
-    run = client.get_run(train.run_id)
-    models = {output.step: client.get_logged_model(output.model_id) for output in run.outputs.model_outputs}
-    tags = {model.tags["weights_sha256"]: model.tags for model in client.search_logged_models([run.info.experiment_id])}
-    assert len(run.outputs.model_outputs) == 2 and models
-    assert "best" not in tags[first.weights_sha256]
-    assert (tags[last.weights_sha256]["best"], tags[last.weights_sha256]["val/loss"]) == ("val/loss", "0.25")
-    best = Path(client.download_artifacts(train.run_id, "best", str(tmp_path)))
-    copy = read_snapshot(str(best))
-    assert copy.weights_sha256 == last.weights_sha256 and copy.load_denoiser() and copy.load_autoencoder()
-
-
 def test_disabled_does_nothing(tmp_path):
     """Nor does it load MLflow, which takes seconds."""
     program = f"""

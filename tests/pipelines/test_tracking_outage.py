@@ -94,8 +94,14 @@ def test_what_an_outage_delayed_comes_in_order_and_once(config, chaos, client, t
         tracker.tag({"late": "yes"})
         tracker.image("grids/grid.png", picture)
         tracker.dataset(image_dataset({"/data/digits/a.tar": 100}), "training")
+        tracker.log({"val/loss": 0.5}, snapshot.images_seen)
         tracker.model(snapshot)
-        wait_until(lambda: len(kept(tmp_path / "kept")) == 1504 and chaos.faults > 5)
+        tracker.validated(snapshot, image_dataset({"/data/digits/a.tar": 100}))
+        tracker.best_model(snapshot, "val/loss", 0.5, "samples of the outage")
+        tracker.gone_models(["0" * 64])
+        tracker.system({"system/node/cpu_utilization_percentage": 50.0})
+        tracker.table("rows.json", [{"class": 0, "recall": 0.5}])
+        wait_until(lambda: len(kept(tmp_path / "kept")) == 1514 and chaos.faults > 5)
         chaos.calm()
         wait_until(lambda: not kept(tmp_path / "kept"))  # while the run goes on
     run = client.get_run(tracker.run_id)
@@ -103,7 +109,14 @@ def test_what_an_outage_delayed_comes_in_order_and_once(config, chaos, client, t
     assert [step for step, _ in history(client, tracker.run_id, "train/nan")] == [1500]
     assert run.data.tags["late"] == "yes" and run.info.status == "FINISHED"
     assert [given.dataset.name for given in run.inputs.dataset_inputs] == ["digits"]
-    assert [output.step for output in run.outputs.model_outputs] == [snapshot.images_seen]
+    (output,) = run.outputs.model_outputs
+    assert output.step == snapshot.images_seen
+    model = client.get_logged_model(output.model_id)
+    assert [(m.key, m.value, m.step) for m in model.metrics] == [("val/loss", 0.5, snapshot.images_seen)]
+    assert history(client, tracker.run_id, "val/loss") == [(snapshot.images_seen, 0.5)]
+    assert history(client, tracker.run_id, "system/node/cpu_utilization_percentage")[0][1] == 50.0
+    assert client.get_model_version_by_alias("outages", "champion").tags["logged_model"] == model.model_id
+    assert {f.path for f in client.list_logged_model_artifacts(model.model_id)} >= {"MLmodel", "snapshot"}
     assert Path(client.download_artifacts(tracker.run_id, "grids/grid.png", str(tmp_path))).read_bytes()[1:4] == b"PNG"
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("tracking:")]
     assert len(said) == 2 and "sends later" in said[0] and said[1].endswith("is written to again")
@@ -263,10 +276,12 @@ def test_the_end_waits_for_weights_that_are_on_their_way(config, chaos, client, 
     snapshot = read_snapshot(write_tiny_snapshot(tmp_path / "snapshot", seed=12))
     with Tracker(config, "train/run") as tracker:
         chaos.rage(1.0, kinds=("slow",), delay=0.2, only=lambda method, path: method == "PUT")
-        tracker.best_model(snapshot, "val/loss", 0.5)
+        tracker.best_model(snapshot, "val/loss", 0.5, "these samples")
         wait_until(lambda: chaos.faults)
-    names = {file.path for file in client.list_artifacts(tracker.run_id, "best")}
-    assert names == {"best/snapshot.json", "best/denoiser.safetensors", "best/autoencoder"}
+    (output,) = client.get_run(tracker.run_id).outputs.model_outputs
+    names = {file.path for file in client.list_logged_model_artifacts(output.model_id, "snapshot")}
+    assert names == {"snapshot/snapshot.json", "snapshot/denoiser.safetensors", "snapshot/autoencoder"}
+    assert client.get_model_version_by_alias("outages", "champion").tags["logged_model"] == output.model_id
 
 
 def test_no_password_lies_in_a_file(config, chaos, client, tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ def test_the_same_command_goes_on_with_the_same_bits_and_logs_no_point_twice(
     models = {output.step: client.get_logged_model(output.model_id) for output in run.outputs.model_outputs}
     assert sorted(models) == [16, 32, 48, 64, 80]  # each snapshot once, at its images seen
     assert models[80].params["snapshot"] == report.snapshot
+    assert {at for at, model in models.items() if "removed" in model.tags} == {16, 32, 48}
 
 
 @pytest.mark.ray

@@ -152,8 +152,8 @@ def test_validation_is_that_of_the_snapshot_and_changes_nothing(
 def test_the_grid_is_what_the_snapshot_draws(runs: Runs) -> None:
     """The classes in turn, from the first seeds."""
     for settings, ranks in runs:
-        ((name, pixels),) = ranks[0]["images"]
-        assert name == "samples/step-0000000004.png"
+        ((key, images_seen, pixels),) = ranks[0]["images"]
+        assert (key, images_seen) == ("samples", 32)
         steps = SamplerConfig(num_inference_steps=settings.validation.num_inference_steps)
         sampler = load_sampler(ranks[0]["report"]["snapshot"], batch_size=2, device="cpu")
         drawn = sampler.draw(torch.arange(3), torch.arange(3), steps)

@@ -60,4 +60,4 @@ class Run:
 
 
 def tracked(uri: str) -> dict[str, Any]:
-    return {"enabled": True, "uri": uri, "experiment": "test"}
+    return {"enabled": True, "uri": uri, "experiment": "test", "system_metrics_s": 0.5}

@@ -42,13 +42,13 @@ class Notebook(Tracker):
     def __init__(self, settings: TrainConfig) -> None:
         super().__init__(settings.tracking, "train/test")
         self.points: list[tuple[int, dict[str, float]]] = []
-        self.images: list[tuple[str, Any]] = []
+        self.images: list[tuple[str, int, Any]] = []
 
     def log(self, metrics: dict[str, float], images_seen: int) -> None:
         self.points.append((images_seen, dict(metrics)))
 
-    def image(self, name: str, pixels: Any) -> None:
-        self.images.append((name, pixels))
+    def grid(self, key: str, pixels: Any, images_seen: int) -> None:
+        self.images.append((key, images_seen, pixels))
 
 
 def worker(settings: TrainConfig, notebook: Notebook) -> Worker:
