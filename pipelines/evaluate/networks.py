@@ -37,13 +37,14 @@ def make(chosen: str, snapshot: Snapshot, reference: Reference, autoencoder: Aut
         return load_extractor(chosen, snapshot.picture_shape(), device=str(autoencoder.device))
     if chosen == VAE or reference.train.labels is None:
         return VaeFeatures(autoencoder)
-    return _trained_classifier(reference, snapshot.conditioning.num_classes, seed)
+    return trained_classifier(reference, snapshot.conditioning.num_classes, seed)
 
 
-def _trained_classifier(reference: Reference, num_classes: int, seed: int) -> Classifier:
+def trained_classifier(reference: Reference, num_classes: int, seed: int, stage: str = "evaluate") -> Classifier:
+    """On the training pictures of a labelled reference; says how much of the held-out ones it reads."""
     train, holdout = reference.train, reference.holdout
     assert train.labels is not None and holdout.labels is not None
-    with Progress("evaluate: training the classifier", 100, "%") as progress:
+    with Progress(f"{stage}: training the classifier", 100, "%") as progress:
         classifier = train_classifier(
             train.pixels,
             train.labels,
@@ -52,5 +53,5 @@ def _trained_classifier(reference: Reference, num_classes: int, seed: int) -> Cl
             progress=lambda step, steps: progress.advance_to(100 * step // steps),
         )
     accuracy = classifier.accuracy(holdout.pixels, holdout.labels)
-    say(f"evaluate: the classifier reads {accuracy:.1%} of {len(holdout):,} held-out pictures right")
+    say(f"{stage}: the classifier reads {accuracy:.1%} of {len(holdout):,} held-out pictures right")
     return classifier

@@ -1,7 +1,7 @@
 """Image shards, or a folder of pictures => the reference pictures, split as training split them."""
 
 import tarfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +9,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from ldm import images
+from ldm import images, storage
 from ldm.config import RequestError
 from ldm.latents.choice import is_held_out
 from ldm.latents.writer import sample_id
 from ldm.shards import RawSample
 from ldm.snapshot import Snapshot
-from ldm.sources import InputShard
+from ldm.sources import InputShard, find_shards
 from pipelines.progress import Progress, say
 
 
@@ -45,6 +45,18 @@ class Reference:
     holdout: Pictures
     skipped: int
     train_names: tuple[str, ...] = ()
+
+
+def find_reference(source: str | Sequence[str], key: str = "reference") -> tuple[dict[str, InputShard], dict[str, int]]:
+    """(input shards by name, their bytes by URL). Raises RequestError, which names `key`."""
+    try:
+        found, _ = find_shards(source)
+    except RequestError as error:
+        raise RequestError(str(error).replace("source=", f"{key}=", 1)) from None
+    for shard in found.values():
+        if shard.bytes == 0:
+            raise RequestError(f"{key}={shard.url}: is empty; give a WebDataset tar that holds pictures")
+    return found, {storage.join(s.url, s.name) if s.files else s.url: s.bytes for s in found.values()}
 
 
 def read_reference(

@@ -13,13 +13,13 @@ from ldm.labels import check_guidance
 from ldm.metrics import SavedStatistics, read_statistics, write_statistics
 from ldm.plan import SamplerConfig, make_plan
 from ldm.snapshot import Snapshot, read_snapshot
-from ldm.sources import InputShard, find_shards
+from ldm.sources import InputShard
 from pipelines import lineage
 from pipelines.evaluate import networks, report
 from pipelines.evaluate.drawing import DrawingConfig, connect, draw
 from pipelines.evaluate.figures import Measured, measure, measure_by_statistics
 from pipelines.evaluate.memory import pairs_grid
-from pipelines.evaluate.reference import Pictures, Reference, read_reference
+from pipelines.evaluate.reference import Pictures, Reference, find_reference, read_reference
 from pipelines.progress import say
 from pipelines.tracking import Tracker, TrackingConfig
 
@@ -87,8 +87,7 @@ def plan(config: EvaluateConfig) -> EvaluatePlan:
     if saved is not None:
         statistics = read_statistics(f"reference={saved}", saved)
         return EvaluatePlan(snapshot, {}, {storage.absolute(saved): storage.size(saved)}, statistics, features)
-    found = _find_reference(config.reference)
-    sizes = {storage.join(s.url, s.name) if s.files else s.url: s.bytes for s in found.values()}
+    found, sizes = find_reference(config.reference)
     return EvaluatePlan(snapshot, found, sizes, None, features)
 
 
@@ -102,17 +101,6 @@ def _check_saving(config: EvaluateConfig, features: str, saved: str | None) -> N
             "pictures as the reference"
         )
     storage.check_writable("save_statistics", storage.absolute(target).rpartition("/")[0] or "/")
-
-
-def _find_reference(source: str | tuple[str, ...]) -> dict[str, InputShard]:
-    try:
-        found, _ = find_shards(source)
-    except RequestError as error:
-        raise RequestError(str(error).replace("source=", "reference=", 1)) from None
-    for shard in found.values():
-        if shard.bytes == 0:
-            raise RequestError(f"reference={shard.url}: is empty; give a WebDataset tar that holds pictures")
-    return found
 
 
 def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateReport:

@@ -17,10 +17,12 @@ from ldm.autoencoder import IDENTITY, load_autoencoder
 from ldm.config import Location, RequestError
 from ldm.denoiser import DenoiserConfig
 from ldm.snapshot import read_snapshot
+from ldm.sources import InputShard
 from ldm.unet import UNetConfig
 from pipelines import cluster, lineage, plots
 from pipelines.encode import EncodeConfig, encode
 from pipelines.encode import plan as plan_encode
+from pipelines.evaluate.reference import find_reference
 from pipelines.progress import say
 from pipelines.study.arms import Arms
 from pipelines.study.config import Values
@@ -28,7 +30,7 @@ from pipelines.study.drawing import draw_all
 from pipelines.study.forecast import denoiser_cost
 from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
 from pipelines.study.quality import Quality, default_device, make_quality
-from pipelines.study.reference import check_labels, find_reference
+from pipelines.study.reference import check_labels
 from pipelines.study.table import Row
 from pipelines.study.training import TrainedConfig, check_sampler, train_config, train_for
 
@@ -94,7 +96,7 @@ class Arm:
 class Plan:
     """latent_shapes: (C, h, w) by the arm's name."""
 
-    shards: dict[str, str]
+    shards: dict[str, InputShard]
     sizes: dict[str, int]
     todo: list[Arm]
     latent_shapes: dict[str, tuple[int, int, int]]
@@ -107,8 +109,8 @@ class Plan:
 
 def plan(config: LatentVsPixelConfig) -> Plan:
     """Checks the whole request without Ray. Raises RequestError."""
-    urls, sizes = find_reference(config.source, "source")
-    check_labels(config, urls, "source")
+    inputs, sizes = find_reference(config.source, "source")
+    check_labels(config, inputs, "source")
     check_sampler(config)
     todo = [Arm(space, size) for size in dict.fromkeys(config.image_size) for space in SPACES]
     autoencoder = load_autoencoder(config.autoencoder)
@@ -126,7 +128,7 @@ def plan(config: LatentVsPixelConfig) -> Plan:
         "autoencoder": autoencoder.weights_sha256,
         "source": lineage.image_dataset(sizes).digest,
     }
-    return Plan(urls, sizes, todo, shapes, Arms(config.output, STUDY, request))
+    return Plan(inputs, sizes, todo, shapes, Arms(config.output, STUDY, request))
 
 
 def dry_run(config: LatentVsPixelConfig) -> StudyPlan:

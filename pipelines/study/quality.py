@@ -1,6 +1,6 @@
 """How good drawn pictures are, against one reference that is read once: named features, with a floor beside them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,25 +9,26 @@ from torch import Tensor
 
 from ldm import metrics
 from ldm.autoencoder import Autoencoder
-from ldm.classifier import Classifier, train_classifier
+from ldm.classifier import Classifier
 from ldm.config import RequestError
+from ldm.features import Features, VaeFeatures
 from ldm.snapshot import Snapshot
-from pipelines.evaluate.measures import Features, VaeFeatures
-from pipelines.evaluate.reference import Reference, read_reference
-from pipelines.progress import Progress, say
+from ldm.sources import InputShard
+from pipelines.evaluate.networks import trained_classifier
+from pipelines.evaluate.reference import read_reference
 from pipelines.study.config import StudyConfig
 
 
 @dataclass(frozen=True)
 class Quality:
-    """What pictures are measured with. train: mean (D,) and covariance (D, D) of the training pictures' features.
+    """What pictures are measured with. train: of the training pictures' features.
 
     floor: the Fréchet distance of `floor_pictures` held-out pictures, which is what a perfect model would have with as
     many; the distance falls as a set grows, so that floor and figure compare only roughly where the numbers differ.
     """
 
     features: Features
-    train: tuple[Tensor, Tensor]
+    train: metrics.Gaussian
     floor: float
     floor_pictures: int
     seed: int
@@ -43,9 +44,10 @@ class Quality:
         return {"features": self.name, "floor": self.floor, "floor_images": self.floor_pictures}
 
     def figures(self, pixels: Tensor, labels: Tensor | None) -> dict[str, float]:
-        """Pictures uint8 (N, 3, H, W), labels int64 (N,) => fd, of a classifier accuracy with its interval (95%)."""
-        statistics = metrics.gaussian_statistics(self.features.features(pixels))
-        figures = {"fd": metrics.frechet_distance_of_gaussians(*statistics, *self.train)}
+        """Pictures uint8 (N, 3, H, W), labels int64 (N,) => fd, of a classifier accuracy too, with intervals (95%)."""
+        fd = metrics.frechet_contributions(self.features.features(pixels), self.train)
+        low, high = metrics.mean_interval(fd, seed=self.seed)
+        figures = {"fd": float(fd.mean()), "fd_low": low, "fd_high": high}
         if isinstance(self.features, Classifier) and labels is not None:
             right = (self.features.predict(pixels) == labels).double()
             low, high = metrics.bootstrap_interval(right, seed=self.seed)
@@ -54,42 +56,30 @@ class Quality:
 
 
 def make_quality(
-    config: StudyConfig, urls: dict[str, str], snapshot: Snapshot, autoencoder: Callable[[], Autoencoder]
+    config: StudyConfig, inputs: Mapping[str, InputShard], snapshot: Snapshot, autoencoder: Callable[[], Autoencoder]
 ) -> Quality:
-    """Reads shards (name => URL), prepared as the snapshot's own pictures were. autoencoder: of features=vae.
+    """Reads shards (by name), prepared as the snapshot's own pictures were. autoencoder: of features=vae.
 
     Raises RequestError where the reference cannot give the figures.
     """
-    reference = read_reference(urls, snapshot, config.holdout, config.max_reference)
+    reference = read_reference(inputs, snapshot, config.holdout, config.max_reference)
     train, holdout = reference.train, reference.holdout
     if min(len(train), len(holdout)) < 2:
         raise RequestError(
             f"reference: gives {len(train)} training and {len(holdout)} held-out pictures; at least 2 of each are "
             "needed: give more pictures, or another holdout"
         )
-    features = VaeFeatures(autoencoder()) if config.features == "vae" else _classifier(config, reference, snapshot)
-    statistics = metrics.gaussian_statistics(features.features(train.pixels))
-    of_holdout = metrics.gaussian_statistics(features.features(holdout.pixels))
-    floor = metrics.frechet_distance_of_gaussians(*of_holdout, *statistics)
-    return Quality(features, statistics, floor, len(holdout), config.seed)
+    if config.features == "classifier" and (train.labels is None or holdout.labels is None):
+        raise RequestError("features=classifier: the reference holds pictures without a label; give features=vae")
+    features: Features
+    if config.features == "vae":
+        features = VaeFeatures(autoencoder())
+    else:
+        features = trained_classifier(reference, snapshot.conditioning.num_classes, config.seed, "study")
+    gaussian = metrics.fit_gaussian(features.features(train.pixels))
+    floor = float(metrics.frechet_contributions(features.features(holdout.pixels), gaussian).mean())
+    return Quality(features, gaussian, floor, len(holdout), config.seed)
 
 
 def default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _classifier(config: StudyConfig, reference: Reference, snapshot: Snapshot) -> Classifier:
-    train, holdout = reference.train, reference.holdout
-    if train.labels is None or holdout.labels is None:
-        raise RequestError("features=classifier: the reference holds pictures without a label; give features=vae")
-    with Progress("study: training the classifier", 100, "%") as progress:
-        classifier = train_classifier(
-            train.pixels,
-            train.labels,
-            snapshot.conditioning.num_classes,
-            seed=config.seed,
-            progress=lambda step, steps: progress.advance_to(100 * step // steps),
-        )
-    accuracy = classifier.accuracy(holdout.pixels, holdout.labels)
-    say(f"study: the classifier reads {accuracy:.1%} of {len(holdout):,} held-out pictures right")
-    return classifier

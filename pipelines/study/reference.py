@@ -1,17 +1,11 @@
 """The image shards that a study measures against, checked before any work."""
 
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 
-from ldm import shards, storage
 from ldm.config import RequestError
+from ldm.sources import InputShard
 from pipelines.study.config import StudyConfig
-
-
-def find_reference(reference: str | Sequence[str], key: str = "reference") -> tuple[dict[str, str], dict[str, int]]:
-    """(names and URLs of its shards, their bytes by URL). Raises RequestError."""
-    urls = shards.shard_names(storage.expand(reference, key))
-    return urls, {url: storage.size(url) for url in urls.values()}
 
 
 def check_classes(config: StudyConfig, num_classes: int) -> None:
@@ -20,12 +14,12 @@ def check_classes(config: StudyConfig, num_classes: int) -> None:
         raise RequestError("features=classifier: the model is unconditional; give features=vae")
 
 
-def check_labels(config: StudyConfig, urls: dict[str, str], key: str) -> None:
+def check_labels(config: StudyConfig, inputs: Mapping[str, InputShard], key: str) -> None:
     """Raises RequestError for a classifier where the first picture has no label, or its shard is no tar."""
-    url = next(iter(urls.values()))
+    shard = next(iter(inputs.values()))
     try:
-        first = next(iter(shards.ShardReader(url)), None)
+        first = next(iter(shard.reader()), None)
     except tarfile.TarError as error:
-        raise RequestError(f"{key}={url}: is no whole tar ({error}); give image shards") from None
+        raise RequestError(f"{key}={shard.url}: is no whole tar ({error}); give image shards") from None
     if config.features == "classifier" and (first is None or "cls" not in first.members):
-        raise RequestError(f"features=classifier: {key}={url} has pictures without a label; give features=vae")
+        raise RequestError(f"features=classifier: {key}={shard.url} has pictures without a label; give features=vae")

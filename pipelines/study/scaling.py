@@ -18,7 +18,9 @@ from ldm.latents.choice import hashed_between
 from ldm.latents.manifest import Manifest, read_manifest
 from ldm.plan import make_plan
 from ldm.snapshot import read_snapshot
+from ldm.sources import InputShard
 from pipelines import cluster, lineage
+from pipelines.evaluate.reference import find_reference
 from pipelines.progress import say
 from pipelines.study.arms import Arms
 from pipelines.study.config import Values
@@ -27,7 +29,7 @@ from pipelines.study.forecast import NOTE, denoiser_cost, flops_per_second
 from pipelines.study.laws import fits_of, plots_of
 from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
 from pipelines.study.quality import Quality, default_device, make_quality
-from pipelines.study.reference import check_classes, find_reference
+from pipelines.study.reference import check_classes
 from pipelines.study.table import Row
 from pipelines.study.training import TrainedConfig, check_sampler, train_anew, train_config, trained
 from pipelines.tracking import Tracker
@@ -103,7 +105,7 @@ class Plan:
     """What will be trained. runs: by the arm's name."""
 
     manifest: Manifest
-    shards: dict[str, str]
+    shards: dict[str, InputShard]
     todo: list[Arm]
     runs: dict[str, TrainConfig]
     arms: Arms
@@ -119,11 +121,11 @@ def plan(config: ScalingConfig) -> Plan:
     if config.denoiser.type != "dit":
         raise RequestError(f"denoiser.type={config.denoiser.type}: sizes are widths and depths of a DiT; leave it out")
     check_sampler(config)
-    urls: dict[str, str] = {}
+    inputs: dict[str, InputShard] = {}
     digest = None
     if config.reference is not None:
         check_classes(config, manifest.conditioning.num_classes)
-        urls, sizes = find_reference(config.reference)
+        inputs, sizes = find_reference(config.reference)
         digest = lineage.image_dataset(sizes).digest
     apart = {"output", "latents", "sizes", "fractions", "device", "tracking"}
     request = {
@@ -136,7 +138,7 @@ def plan(config: ScalingConfig) -> Plan:
     runs = {arm.name: _run_config(config, arm) for arm in todo}
     for run in runs.values():
         plan_train(run)
-    return Plan(manifest, urls, todo, runs, arms)
+    return Plan(manifest, inputs, todo, runs, arms)
 
 
 def dry_run(config: ScalingConfig) -> StudyPlan:

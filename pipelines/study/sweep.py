@@ -16,8 +16,10 @@ from ldm.config import Location, RequestError, validate
 from ldm.labels import check_guidance
 from ldm.plan import Sampler, SamplerConfig, SamplingPlan, Spacing, make_plan
 from ldm.snapshot import Snapshot, read_snapshot
+from ldm.sources import InputShard
 from ldm.steps import Eta
 from pipelines import cluster, lineage, plots
+from pipelines.evaluate.reference import find_reference
 from pipelines.progress import Progress, say
 from pipelines.study.arms import Arms
 from pipelines.study.config import StudyConfig, Values
@@ -25,7 +27,7 @@ from pipelines.study.drawing import draw_all
 from pipelines.study.forecast import drawing_seconds
 from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
 from pipelines.study.quality import Quality, default_device, make_quality
-from pipelines.study.reference import check_classes, find_reference
+from pipelines.study.reference import check_classes
 from pipelines.study.table import Row
 
 STUDY = "sweep"
@@ -62,7 +64,7 @@ class SweepPlan:
     """What will be drawn. left_out: combinations that cannot be, or are the same as others, with the reason."""
 
     snapshot: Snapshot
-    shards: dict[str, str]
+    shards: dict[str, InputShard]
     sizes: dict[str, int]
     cells: dict[str, SamplerConfig]
     left_out: list[str]
@@ -77,14 +79,14 @@ def plan(config: SweepConfig) -> SweepPlan:
     """Checks the whole request without weights and without Ray. Raises RequestError."""
     snapshot = read_snapshot(config.snapshot)
     check_classes(config, snapshot.conditioning.num_classes)
-    urls, sizes = find_reference(config.reference)
+    inputs, sizes = find_reference(config.reference)
     cells, left_out = combinations(config, snapshot)
     request = {
         "weights_sha256": snapshot.weights_sha256,
         "reference": lineage.image_dataset(sizes).digest,
         **config.model_dump(mode="json", include=set(_REQUEST)),
     }
-    return SweepPlan(snapshot, urls, sizes, cells, left_out, Arms(config.output, STUDY, request))
+    return SweepPlan(snapshot, inputs, sizes, cells, left_out, Arms(config.output, STUDY, request))
 
 
 def dry_run(config: SweepConfig) -> StudyPlan:
@@ -223,7 +225,7 @@ def _plots(rows: Sequence[Row]) -> dict[str, bytes]:
     for row in rows:
         lines.setdefault(f"{row['sampler']} η={row['eta']} g={row['guidance_scale']:g}", []).append(row)
     features, steps = rows[0]["features"], sorted({row["steps"] for row in rows})
-    curves = {name: _columns(found, "steps", "fd") for name, found in lines.items()}
+    curves = {name: _columns(found, "steps", "fd", "fd_low", "fd_high") for name, found in lines.items()}
     curves["floor (held-out pictures)"] = (steps, [rows[0]["floor"]] * len(steps))
     clouds = {
         name: (*_columns(found, "seconds_per_picture", "fd"), [f"{row['steps']} steps" for row in found])

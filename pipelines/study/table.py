@@ -12,7 +12,18 @@ Row = dict[str, Any]
 
 _FIRST = (
     *("name", "space", "image_size", "latent_shape", "size", "fraction", "sampler", "eta", "guidance_scale", "steps"),
-    *("loss", "fd", "floor", "accuracy", "accuracy_low", "accuracy_high", "seconds_per_picture", "pareto"),
+    *(
+        "loss",
+        "fd",
+        "fd_low",
+        "fd_high",
+        "floor",
+        "accuracy",
+        "accuracy_low",
+        "accuracy_high",
+        "seconds_per_picture",
+        "pareto",
+    ),
     *("train_images_per_second", "peak_memory_gb", "activation_mb_per_image", "train_seconds", "parameters", "samples"),
 )
 """What an arm is, and what was asked of it; the rest comes after."""
