@@ -25,6 +25,7 @@ from pipelines.progress import say
 from pipelines.serve.app import create_app
 from pipelines.serve.catalog import MLFLOW, Catalog
 from pipelines.serve.config import ServeConfig, read_token
+from pipelines.serve.refusals import Refusals
 from pipelines.serve.replica import Replica, Task
 from pipelines.serve.table import Unserved
 
@@ -142,19 +143,29 @@ class RayBackend:
     def __init__(self) -> None:
         from ray import serve
 
+        from pipelines.serve.metrics import observer
+
         self._handle = serve.get_app_handle(SAMPLERS)
         self._stream = self._handle.options(method_name="draw", stream=True)
+        self._refusals, self._observe = Refusals(), observer()
 
     async def draw(self, task: Task) -> AsyncIterator[list[dict[str, Any]]]:
         from ray.serve.exceptions import BackPressureError
 
+        if (refusal := self._refusals.find(task)) is not None:
+            self._observe("refused", 1)
+            yield [refusal]
+            return
         response = self._stream.remote(task) if task.events else self._handle.draw_whole.remote(task)
         try:
             if task.events:
                 async for events in response:
+                    self._refusals.note(task, events)
                     yield events
             else:
-                yield await response
+                events = await response
+                self._refusals.note(task, events)
+                yield events
         except BackPressureError:
             raise Unserved(429, "as many requests wait as may wait; try again in a moment", 1.0) from None
         finally:

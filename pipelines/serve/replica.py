@@ -38,7 +38,7 @@ from pipelines.serve.catalog import Catalog, Version
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.requests import BulkRequest, SamplesRequest
 
-_NICE = 10
+_NICE = 19
 _log = logging.getLogger("ldm.serve")
 Observe = Callable[[str, float], None]
 """(name of a metric, value): see `pipelines.serve.metrics`."""
@@ -248,7 +248,8 @@ class Replica:
     def _step_all(self) -> None:
         torch.set_num_threads(self._num_threads)
         if self.device == "cpu" and sys.platform == "linux":
-            # This thread, and those of OpenMP that it starts: what answers requests needs a core for a moment only.
+            # This thread, and those of OpenMP that it starts: what answers requests needs a core for a moment only. Ray
+            # gives its workers a niceness of 15.
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         while not self._stopped.is_set():
             self._wake.clear()
