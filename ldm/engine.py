@@ -345,12 +345,13 @@ class StepEngine:
         return expected
 
     def _duration(self, jobs: Sequence[Job]) -> float:
-        return self._seconds_for(sum(job.work_left for job in jobs), 0, 0)
+        return self._seconds_for(sum(job.work_left for job in jobs), 0, sum(job.rows_left for job in jobs))
 
     def _seconds_for(self, work: int, calls: int, rows: int) -> float:
         """For so much work, in so many calls one after the other at least, while so many rows want a place in each."""
         bucket = next((size for size in self.buckets if size >= rows), self.capacity)
-        return self._slowness * max(work / self.capacity * self.seconds[self.capacity], calls * self.seconds[bucket])
+        filled = max(1, min(rows, bucket))  # a call costs the same, however few of its rows are pictures
+        return self._slowness * self.seconds[bucket] * max(work / filled, calls)
 
 
 def _given(x: Tensor | None) -> Tensor:

@@ -239,6 +239,11 @@ class TestRoom:
         assert running.submit(Told(PLAIN, [1]).job) == pytest.approx(4 * 1.0)
         assert running.submit(Told(PLAIN, [2]).job) == pytest.approx(4 * 5.0)
 
+    def test_a_call_that_is_not_full_takes_as_long(self, sampler: PictureSampler) -> None:
+        running = StepEngine(sampler, {1: 1.0, 8: 5.0}, 64)
+        assert running.submit(Told(PLAIN, [1, 2]).job) == pytest.approx(4 * 5.0)
+        assert running.submit(Told(PLAIN, [3]).job) == pytest.approx(4 * 5.0)  # all three share the calls
+
     def test_nobody_makes_anothers_calls_too_large_for_its_deadline(self, sampler: PictureSampler) -> None:
         running = StepEngine(sampler, {1: 1.0, 8: 5.0}, 64)
         running.submit(Told(PLAIN, [1], deadline=time.monotonic() + 6).job)
