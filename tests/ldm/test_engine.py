@@ -239,6 +239,16 @@ class TestRoom:
         assert running.submit(Told(PLAIN, [1]).job) == pytest.approx(4 * 1.0)
         assert running.submit(Told(PLAIN, [2]).job) == pytest.approx(4 * 5.0)
 
+    def test_nobody_passes_one_that_is_late_already(
+        self, sampler: PictureSampler, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        running = engine(sampler, 2, seconds=1.0)
+        began = time.monotonic()
+        running.submit(Told(PLAIN, list(range(8)), deadline=began + 21).job)  # 16 s
+        monkeypatch.setattr(time, "monotonic", lambda: began + 10)  # and nothing was done
+        with pytest.raises(Refused, match="^an earlier request's deadline could not be kept"):
+            running.submit(Told(PLAIN, [1]).job)
+
     def test_a_call_that_is_not_full_takes_as_long(self, sampler: PictureSampler) -> None:
         running = StepEngine(sampler, {1: 1.0, 8: 5.0}, 64)
         assert running.submit(Told(PLAIN, [1, 2]).job) == pytest.approx(4 * 5.0)
