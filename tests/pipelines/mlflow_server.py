@@ -24,11 +24,16 @@ def mlflow_server(folder: Path) -> Iterator[str]:
         patch.setenv("_MLFLOW_SERVER_ARTIFACT_DESTINATION", str(folder / "artifacts"))
         patch.setenv("_MLFLOW_SERVER_SERVE_ARTIFACTS", "true")
         patch.setenv("MLFLOW_TRACKING_URI", uri)  # which the server changes, and which is so put back
+        patch.setenv("MLFLOW_REGISTRY_URI", uri)  # changed and put back too; until then a client asks where it tracks
+        patch.delenv("MLFLOW_REGISTRY_URI")
         from mlflow.server import app, handlers
+        from mlflow.tracking._model_registry import utils as registry_utils
         from mlflow.tracking._tracking_service import utils
 
         patch.setattr(utils, "_tracking_uri", None)
+        patch.setattr(registry_utils, "_registry_uri", None)
         patch.setattr(handlers, "_tracking_store", None)
+        patch.setattr(handlers, "_model_registry_store", None)
         patch.setattr(handlers, "_artifact_repo", None)
         logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
         server = make_server("127.0.0.1", 0, app, threaded=True)
