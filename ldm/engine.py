@@ -319,12 +319,16 @@ class StepEngine:
         """A call took so long with all that belongs to it: what is decoded, and what is told."""
         assert self.last_call is not None
         _, bucket, _ = self.last_call
-        # One factor for all buckets: what slows a machine down slows them all, those too that are not in use now.
-        self._slowness += 0.1 * (seconds / self.seconds[bucket] - self._slowness)
+        # One factor for all buckets: what slows a machine down slows them all, those too that are not in use now. One
+        # call that is far out moves it by a tenth at most.
+        seen = min(seconds / self.seconds[bucket], 2 * self._slowness)
+        self._slowness += 0.1 * (seen - self._slowness)
 
     def _expected_with(self, new: Job) -> float:
         """Seconds until the job would be done. Raises Refused."""
         jobs = self._share.in_order()
+        if not jobs:
+            self._slowness = 1.0  # of a while ago; and a request that is refused for it would leave it as it is
         if len(jobs) >= self.max_jobs:
             raise Refused("as many requests wait as may wait; try again in a moment", self._duration(jobs) / len(jobs))
         now, work, new_work, expected = time.monotonic(), 0, 0, 0.0

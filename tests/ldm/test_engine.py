@@ -53,6 +53,17 @@ class Told:
         return torch.stack([event.pixels for event in sorted(self.of(Drawn), key=lambda event: event.index)])
 
 
+def slow_down(sampler: PictureSampler, monkeypatch: pytest.MonkeyPatch, seconds: float = 0.05) -> None:
+    """Decoding takes so much longer."""
+    decode = sampler.decode
+
+    def slowly(latents: Tensor) -> Tensor:
+        time.sleep(seconds)
+        return decode(latents)
+
+    monkeypatch.setattr(sampler, "decode", slowly)
+
+
 def engine(sampler: PictureSampler, *buckets: int, seconds: float = 0.01, max_jobs: int = 64) -> StepEngine:
     return StepEngine(sampler, dict.fromkeys(buckets, seconds), max_jobs)
 
@@ -222,17 +233,24 @@ class TestRoom:
     def test_a_call_is_taken_to_last_as_long_as_all_that_belongs_to_it(
         self, sampler: PictureSampler, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        decode = sampler.decode
-
-        def slowly(latents: torch.Tensor) -> torch.Tensor:
-            time.sleep(0.5)
-            return decode(latents)
-
-        monkeypatch.setattr(sampler, "decode", slowly)
+        slow_down(sampler, monkeypatch)
         running = engine(sampler, 1, seconds=0.01)
-        first = running.submit(Told(PLAIN, [1]).job)
-        run(running, Told(PLAIN, [2]))
-        assert running.submit(Told(PLAIN, [1]).job) > 2 * first  # 4 calls; the last of them took 0.5 s longer
+        expected = running.submit(Told(PLAIN, [1]).job)
+        running.submit(Told(SamplerConfig(num_inference_steps=40), [2], previews=39).job)
+        for _ in range(35):  # each of which shows a preview
+            running.step()
+        assert running.submit(Told(PLAIN, [1]).job) > 2 * expected
+
+    def test_one_call_that_is_far_out_hardly_counts_and_is_forgotten(
+        self, sampler: PictureSampler, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        running = engine(sampler, 1, seconds=0.01)
+        expected = running.submit(Told(PLAIN, [1]).job)
+        slow_down(sampler, monkeypatch, seconds=0.5)
+        drawn = Told(PLAIN, [2])
+        run(running, drawn)  # the last calls decode, and take 50 times as long
+        assert running.submit(Told(PLAIN, [3]).job) == expected, "nobody is here who was slowed down"
+        assert running.submit(Told(PLAIN, [4]).job) == 2 * expected
 
     def test_who_waits_with_others_takes_calls_as_large_as_theirs(self, sampler: PictureSampler) -> None:
         running = StepEngine(sampler, {1: 1.0, 8: 5.0}, 64)

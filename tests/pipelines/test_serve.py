@@ -38,7 +38,7 @@ def snapshot(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="class")
 def endpoint(ray_session: None, snapshot: str) -> Iterator[str]:
-    config = serve.ServeConfig(snapshot=snapshot, port=0, batch_size=ROWS, num_replicas=2)
+    config = serve.ServeConfig(snapshot=snapshot, port=0, batch_size=ROWS, num_replicas=2, deadline_s=1e5)
     with serve.deployment(config) as url:
         yield url
 
