@@ -136,8 +136,8 @@ class StepEngine:
     """Draws jobs with one sampler. `submit` and `cancel` may be called from any thread, `step` from one.
 
     buckets: the batch shapes, rising; the last is the most rows in one call. seconds: of a call in each bucket, as
-    measured (`measure_buckets`). max_jobs: as many wait and run at a time. last_call: rows,
-    bucket and seconds of the denoiser's last call.
+    measured (`measure_buckets`). max_jobs: as many wait and run at a time. last_call: rows, bucket and seconds of the
+    denoiser's last call.
     """
 
     def __init__(self, sampler: PictureSampler, seconds: dict[int, float], max_jobs: int) -> None:
@@ -343,9 +343,8 @@ class StepEngine:
                 continue
             if job is new:
                 raise Refused("the deadline could not be kept; try again in a moment", retry_after)
-            if (
-                self._seconds_for(work - new_work, job.longest_left, others) < seconds
-            ):  # also where it is late by itself
+            # Also where that one is late by itself: nobody passes it then.
+            if self._seconds_for(work - new_work, job.longest_left, others) < seconds:
                 raise Refused("an earlier request's deadline could not be kept; try again in a moment", retry_after)
         return expected
 
@@ -353,7 +352,7 @@ class StepEngine:
         return self._seconds_for(sum(job.work_left for job in jobs), 0, sum(job.rows_left for job in jobs))
 
     def _seconds_for(self, work: int, calls: int, rows: int) -> float:
-        """For so much work, in so many calls one after the other at least, while so many rows want a place in each."""
+        """Seconds for `work` rows in all, in at least `calls` calls one after the other, while `rows` want a place."""
         bucket = next((size for size in self.buckets if size >= rows), self.capacity)
         filled = max(1, min(rows, bucket))  # a call costs the same, however few of its rows are pictures
         return self._slowness * self.seconds[bucket] * max(work / filled, calls)
