@@ -14,18 +14,21 @@ INSTALLED := .venv/.installed
 TORCH := $(shell sed -n '/^torch==/p' constraints.txt)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# Two processes with a thread a core each wait for one another at every barrier: a test of 75 s takes 4 s with this.
+ONE_THREAD := OMP_NUM_THREADS=1
+
 .DEFAULT_GOAL := help
-.PHONY: help venv python demo ui test test-fast test-faults test-install lint format wheel clean
+.PHONY: help venv python demo ui test test-fast test-cluster test-cluster-path test-faults test-install lint secrets audit format wheel clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-17s %s\n", $$1, $$2}' Makefile
 
 venv: $(INSTALLED)  ## create .venv and install the tested set of packages (TORCH_INDEX=… chooses torch's index)
 
 $(INSTALLED): constraints.txt pyproject.toml | python
 	$(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(BIN)/pip install --no-deps "$(TORCH)" --index-url "$(TORCH_INDEX)")
-	$(BIN)/pip install -e '.[dev]' -c constraints.txt
+	$(BIN)/pip install -e '.[dev,deploy]' -c constraints.txt
 	@touch $@
 
 python:
@@ -41,15 +44,21 @@ ui: venv  ## MLflow's page on this machine's runs, at http://127.0.0.1:5000 (STO
 	  echo "PORT=$(PORT): is in use or no port; give a free one, as in: make ui PORT=5001" >&2; exit 1; }
 	MLFLOW_DISABLE_TELEMETRY=true $(BIN)/mlflow ui --backend-store-uri "$(STORE)" --host 127.0.0.1 --port $(PORT)
 
-test: venv  ## every test but the long fault rounds; what needs no Ray on two processes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not ray and not wheel"
-	$(BIN)/python -m pytest -m "not faults and (ray or wheel)"
+test: venv  ## every test but the long fault rounds and the cluster's, on two processes
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not cluster and not ray and not wheel"
+	$(ONE_THREAD) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not faults and not cluster and (ray or wheel)"
 
 test-fast: venv  ## the tests that need neither Ray, nor several ranks, nor a wheel
-	$(BIN)/python -m pytest -m "not faults and not ray and not wheel and not slow"
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "not faults and not ray and not wheel and not slow and not cluster"
+
+test-cluster: venv  ## the path over four nodes with S3, MLflow and PostgreSQL, and what befalls clusters (needs postgresql)
+	$(ONE_THREAD) $(BIN)/python -m pytest -m cluster
+
+test-cluster-path: venv  ## of these the path alone
+	$(ONE_THREAD) $(BIN)/python -m pytest -m "cluster and not faults"
 
 test-faults: venv  ## long rounds of killed workers and broken disks
-	@$(BIN)/python -m pytest -m faults || { code=$$?; \
+	@$(BIN)/python -m pytest -m "faults and not cluster" || { code=$$?; \
 	  [ $$code -eq 5 ] && echo "test-faults: there are no fault tests yet" || exit $$code; }
 
 test-install: wheel  ## install the wheel with all its dependencies into an empty environment and run it
@@ -58,10 +67,21 @@ test-install: wheel  ## install the wheel with all its dependencies into an empt
 	cd build/empty && env -u PYTHONPATH bin/ldm --help
 	cd build/empty && env -u PYTHONPATH bin/ldm encode --print-config source=a.tar destination=latents autoencoder=vae
 
-lint: venv  ## ruff (rules and format) and mypy
+lint: venv secrets  ## ruff (rules and format), mypy, hadolint, and a search for secrets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/hadolint infra/Dockerfile
+
+secrets: venv  ## look for passwords, keys and tokens in all files that git has
+	$(BIN)/detect-secrets-hook --exclude-lines '^ *def ' $$(git ls-files)
+
+audit: venv  ## ask PyPI's list of known vulnerabilities about the pinned packages (needs the network)
+	@log=$$(mktemp); trap 'rm -f "$$log"' EXIT; \
+	$(BIN)/pip-audit --no-deps --disable-pip --progress-spinner off -r constraints.txt 2>"$$log"; code=$$?; \
+	if grep -q '^requests.exceptions' "$$log"; then \
+	  echo "audit: the list of vulnerabilities cannot be reached from here: nothing was looked at" >&2; exit 1; fi; \
+	cat "$$log" >&2; exit $$code
 
 format: venv  ## rewrite the code as ruff would have it
 	$(BIN)/ruff check --fix .

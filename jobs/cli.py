@@ -11,13 +11,14 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType, ModuleType
 from typing import Any
 
 import yaml
 
+from jobs.outcome import Outcome, do
 from ldm import __version__
 from ldm.config import Config, DamagedError, RequestError, fields, load_yaml, parse
 
@@ -33,18 +34,28 @@ STAGES = {
     "evaluate": "a snapshot measured against reference pictures, drawn through Ray Serve or by workers on Ray",
     "study": "many settings, spaces or sizes compared, on Ray: sweep, latent-vs-pixel or scaling",
 }
-SUBMIT = "a stage as a job on a Ray cluster: ldm submit STAGE [--address URL] [--no-wait] …"
+COMMANDS = {
+    "run": "several stages, one after the other: ldm run PIPELINE.yaml [--address URL] …",
+    "submit": "a stage as a job on a Ray cluster: ldm submit STAGE [--address URL] [--no-wait] …",
+}
+"""What works on stages: each a module with a main of its own."""
+Do = Callable[[ModuleType, Config], Outcome]
 CONFIGS = Path(__file__).parent / "configs"
+SKIPPED = "skipped"
+"""The key of a report that was there already."""
 DONE, FAILED, WRONG_REQUEST, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0 done, 1 failed, 2 the request is wrong, 3 too much quarantined."""
+def main(argv: Sequence[str] | None = None, work: Do = do) -> int:
+    """Runs one verb; returns the exit code: 0 done, 1 failed, 2 the request is wrong, 3 too much quarantined.
+
+    work: what is done with a stage and its configuration.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, interrupt)
     sys.path.append(os.getcwd())  # a denoiser class of the user's own is looked for there, and last
     try:
-        return _run(arguments)
+        return _run(arguments, work)
     except RequestError as error:
         print(f"error: {error}", file=sys.stderr)
         return WRONG_REQUEST
@@ -58,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _run(arguments: list[str]) -> int:
+def _run(arguments: list[str], work: Do) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return DONE
@@ -66,19 +77,18 @@ def _run(arguments: list[str]) -> int:
         print(f"ldm-pipelines {__version__}")
         return DONE
     verb, rest = arguments[0], arguments[1:]
-    if verb == "submit":
-        from jobs import submit
-
-        return submit.main(rest)
+    if verb in COMMANDS:
+        code: int = importlib.import_module(f"jobs.{verb}").main(rest)
+        return code
     options, config = parse_stage(verb, rest)
     if config is None:
         return DONE
     stage = stage_module(verb)
     with contextlib.redirect_stdout(sys.stderr):  # libraries print; stdout is for the report alone
-        report = stage.run(config)
-    if report is not None:  # `serve` ends without one
-        show_report(report, options.json, getattr(stage, "show", None))
-    return int(getattr(report, "exit_code", DONE))
+        done = work(stage, config)
+    if done.report is not None:  # `serve` ends without one
+        show_report(done.report, options.json, getattr(stage, "show", None), done.skipped)
+    return int(getattr(done.report, "exit_code", DONE))
 
 
 def stage_module(verb: str) -> ModuleType:
@@ -89,17 +99,20 @@ def stage_module(verb: str) -> ModuleType:
     It may have POSITIONAL, the key that arguments without `=` are the value of, and show(report) -> text for a person;
     or FORMS, where a key among the arguments chooses the configuration: {key: (StageConfig, POSITIONAL)}; or KINDS,
     where their first word does: {word: StageConfig}; or SWITCHES, options that stand for another configuration:
-    {name: StageConfig}.
+    {name: StageConfig}. A stage that can tell has finished(config) -> its report where nothing is left to do, else
+    None, and conclude(config) where it is to be told then all the same.
     """
     if verb not in STAGES:
-        near = difflib.get_close_matches(verb, [*STAGES, "submit"], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join([*STAGES, 'submit'])}"
+        near = difflib.get_close_matches(verb, [*STAGES, *COMMANDS], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"the commands are {', '.join([*STAGES, *COMMANDS])}"
         raise RequestError(f"{verb!r}: is no command; {hint}")
     return importlib.import_module(f"jobs.{verb}")
 
 
-def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace, Config | None]:
-    """Options and the configuration of a stage.
+def parse_stage(
+    verb: str, arguments: Sequence[str], given: Sequence[tuple[str, Mapping[str, Any]]] = ()
+) -> tuple[argparse.Namespace, Config | None]:
+    """Options and the configuration of a stage. given: (name, values) that hold over --config, and under key=value.
 
     None in place of it where nothing is to be run: --help, --print-config and --dry-run are answered here.
     """
@@ -126,11 +139,11 @@ def parse_stage(verb: str, arguments: Sequence[str]) -> tuple[argparse.Namespace
         return options, None
     if getattr(options, "switch", None):
         forms = {"": (others[options.switch], None)}
-    layers = [(name, load_yaml(find_config(name))) for name in options.config]
-    given = {text.partition("=")[0] for text in options.overrides}.union(*(values for _, values in layers))
-    if len(forms) > 1 and not given & forms.keys():
+    layers = [*((name, load_yaml(find_config(name))) for name in options.config), *given]
+    keys = {text.partition("=")[0] for text in options.overrides}.union(*(values for _, values in layers))
+    if len(forms) > 1 and not keys & forms.keys():
         raise RequestError(f"ldm {verb}: give one of {', '.join(f'{key}=' for key in forms)}; see 'ldm {verb} --help'")
-    model, main_key = next((form for key, form in forms.items() if key in given), next(iter(forms.values())))
+    model, main_key = next((form for key, form in forms.items() if key in keys), next(iter(forms.values())))
     pairs, plain = _split(options.overrides, main_key)
     config = parse(model, [*layers, ("the command", plain)], [*pairs, *getattr(options, "named", [])])
     if options.print_config:
@@ -171,6 +184,12 @@ def _take_kind(verb: str, kinds: dict[str, type[Config]], options: argparse.Name
     return None
 
 
+def words(options: argparse.Namespace) -> tuple[str, ...]:
+    """What stands behind a stage's name beside keys and the common options: its kind, its switch."""
+    switch = getattr(options, "switch", None)
+    return tuple(word for word in (options.kind, f"--{switch}" if switch else None) if word)
+
+
 def switches(verb: str) -> dict[str, type[Config]]:
     """Options of a stage that stand for a configuration of their own."""
     found: dict[str, type[Config]] = getattr(stage_module(verb), "SWITCHES", {})
@@ -199,9 +218,9 @@ def find_config(name: str) -> Path:
     raise RequestError(f"config={name}: is no file and no packaged config; {hint}")
 
 
-def show_report(report: Any, as_json: bool, show: Callable[[Any], str] | None = None) -> None:
+def show_report(report: Any, as_json: bool, show: Callable[[Any], str] | None = None, skipped: bool = False) -> None:
     """The report on stdout: ONE line of JSON, or a table for a person, which `show` may make."""
-    values = {k: v for k, v in dataclasses.asdict(report).items() if k != "exit_code"}
+    values = report_values(report) | ({SKIPPED: True} if skipped else {})
     if as_json:
         print(json.dumps(values), flush=True)
         return
@@ -211,12 +230,33 @@ def show_report(report: Any, as_json: bool, show: Callable[[Any], str] | None = 
     show_values(values)
 
 
+def report_values(report: Any) -> dict[str, Any]:
+    """What is shown of a report."""
+    return {k: v for k, v in dataclasses.asdict(report).items() if k != "exit_code"}
+
+
 def show_values(values: dict[str, Any]) -> None:
     """A report as a table for a person, who has been told its notes already."""
     values = {key: value for key, value in values.items() if key != "notes"}
     width = max(map(len, values))
     for key, value in values.items():
-        print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list | tuple) else value}")
+        if isinstance(value, dict) and value and all(isinstance(number, int | float) for number in value.values()):
+            print(f"{key}\n" + textwrap.indent(_figures(value), "  "))
+        else:
+            print(f"{key:<{width}}  {json.dumps(value) if isinstance(value, dict | list | tuple) else value}")
+
+
+def _figures(numbers: dict[str, float]) -> str:
+    """A line for each figure: its interval (_low, _high), and what else is called after it."""
+    names = [name for name in numbers if not any(name.startswith(f"{other}_") for other in numbers)]
+    width, lines = max(map(len, names)), []
+    for name in names:
+        beside = {key[len(name) + 1 :]: f"{value:.4g}" for key, value in numbers.items() if key.startswith(f"{name}_")}
+        low, high = beside.pop("low", None), beside.pop("high", None)
+        interval = "" if low is None else f"[{low}, {high}]"
+        rest = ", ".join(f"{key} {value}" for key, value in beside.items())
+        lines.append(f"{name:<{width}}  {numbers[name]:<10.4g}  {interval:<24}  {rest}".rstrip())
+    return "\n".join(lines)
 
 
 class Parser(argparse.ArgumentParser):
@@ -233,7 +273,7 @@ def interrupt(number: int, frame: FrameType | None) -> None:
 
 def _overview() -> str:
     width = max(map(len, STAGES))
-    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in {**STAGES, "submit": SUBMIT}.items())
+    verbs = "\n".join(f"  {verb:<{width}}  {text}" for verb, text in {**STAGES, **COMMANDS}.items())
     return (
         "usage: ldm COMMAND [--config NAME_OR_FILE] [key=value …] [--json] [--dry-run] [--print-config]\n\n"
         f"{verbs}\n\n"

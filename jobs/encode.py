@@ -7,9 +7,9 @@ from ldm import storage
 from ldm.config import Config
 from pipelines.encode import EncodeConfig as StageConfig
 from pipelines.encode import encode as run
-from pipelines.encode import plan
+from pipelines.encode import finished, plan
 
-__all__ = ["StageConfig", "dry_run", "run"]
+__all__ = ["StageConfig", "dry_run", "finished", "run"]
 
 
 def dry_run(config: Config) -> str:

@@ -6,10 +6,10 @@ from jobs.cli import main
 from ldm.config import Config
 from pipelines import cluster
 from pipelines.evaluate import EvaluateConfig as StageConfig
-from pipelines.evaluate import EvaluateReport, evaluate, plan
+from pipelines.evaluate import EvaluateReport, evaluate, finished, plan
 from pipelines.serve import ServeConfig, deployment
 
-__all__ = ["StageConfig", "dry_run", "run"]
+__all__ = ["StageConfig", "dry_run", "finished", "run"]
 
 
 def run(config: StageConfig) -> EvaluateReport:

@@ -5,6 +5,7 @@ latent dataset, so that a change of scaling never needs a new encode.
 """
 
 import hashlib
+import json
 import re
 import tempfile
 from pathlib import Path
@@ -71,6 +72,10 @@ class Autoencoder:
         """Writes a diffusers folder (config.json and safetensors) at a path or URL; the config comes last."""
         with tempfile.TemporaryDirectory() as folder:
             self.model.save_pretrained(folder)  # type: ignore[operator]
+            config = Path(folder) / "config.json"
+            # Where it was loaded from, of a URL a temporary folder: no part of what it is, nor of anybody's business.
+            values = {k: v for k, v in json.loads(config.read_text()).items() if k != "_name_or_path"}
+            config.write_bytes(storage.to_json(values))
             for name in reversed(FILES):
                 storage.commit_file(Path(folder) / name, storage.join(url, name))
 

@@ -7,9 +7,10 @@ right; the command line prints it and exits with 2.
 import difflib
 import json
 import re
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import pydantic
 import yaml
@@ -27,6 +28,22 @@ class Config(pydantic.BaseModel):
     """Base of every stage's configuration: frozen, and a misspelt key is an error."""
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+    @pydantic.field_validator("*", mode="before")
+    @classmethod
+    def _split_commas(cls, value: object, info: pydantic.ValidationInfo) -> object:
+        """`0.9,0.99` is read as [0.9, 0.99] where nothing but a tuple is meant."""
+        if not isinstance(value, str) or info.field_name is None:
+            return value
+        kind = cls.model_fields[info.field_name].annotation
+        choices = [one for one in get_args(kind) if one is not type(None)] if _is_union(kind) else [kind]
+        if len(choices) == 1 and get_origin(choices[0]) is tuple:
+            return [part.strip() for part in value.split(",")]
+        return value
+
+
+def _is_union(kind: object) -> bool:
+    return get_origin(kind) in (Union, types.UnionType)
 
 
 class _IsLocation:
@@ -156,8 +173,13 @@ def _first_problem(model: type[Config], error: pydantic.ValidationError) -> str:
         return f"{key}={shown}: unknown key; {hint}"
     if problem["type"] == "missing" and isinstance(problem["loc"][-1], str):
         return f"{key}: missing; give {key}=VALUE"
+    if problem["type"] == "missing":  # an item of a tuple of so many
+        kind = next(type_name for name, type_name, *_ in fields(model) if name == key)
+        given = ",".join(str(one) for one in problem["input"])
+        return f"{key}={given}: has too few values, expected {kind}"
     # The branches of a union each say what they expected.
-    messages = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in problems if _key(model, p["loc"]) == key)
+    own = [p for p in problems if _key(model, p["loc"]) == key and p["type"] != "missing"]
+    messages = dict.fromkeys(p["msg"].removeprefix("Value error, ") for p in own)
     if not key:  # a check over several fields names its keys itself
         return next(iter(messages))
     return f"{key}={shown}: " + "; or ".join(f"{message[0].lower()}{message[1:]}" for message in messages)

@@ -9,127 +9,19 @@ Whose turn it is: `ldm.sharing`.
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ldm import sampler as sampling
-from ldm.drawing import Blend, Edit, PictureSampler
-from ldm.plan import SamplerConfig, SamplingPlan, make_plan
+from ldm.drawing import Edit, PictureSampler
+from ldm.job import Drawn, Finished, Job, Picture, Preview, Progress
+from ldm.plan import make_plan
 from ldm.sharing import FairShare, Refused
 
 PLANNED = 0.8
 """Share of the time to a deadline that is given away: the rest is for a machine that is slower than it was."""
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Steps and pictures done, of all pictures of the job together."""
-
-    steps_done: int
-    images_done: int
-
-
-@dataclass(frozen=True)
-class Preview:
-    """The x0 that a picture's step predicts, raw pixels uint8 (3, H, W)."""
-
-    index: int
-    steps_done: int
-    pixels: Tensor
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A finished picture, raw pixels uint8 (3, H, W)."""
-
-    index: int
-    pixels: Tensor
-
-
-@dataclass(frozen=True)
-class Finished:
-    """The last event of a job: all is drawn, or why not. late: for its deadline."""
-
-    problem: str | None = None
-    late: bool = False
-
-
-Event = Progress | Preview | Drawn | Finished
-
-
-@dataclass(eq=False)
-class Job:
-    """Pictures of one setting.
-
-    labels, seeds: int64 (N,); labels None for an unconditional model. source: where they start, of seeds or of pictures
-    without a mask; None: from the seeds' noise. emit: is told each event, in the engine's thread, and must be quick.
-    exact: always in the largest bucket, so that the bits do not depend on what else is drawn. previews: how often each
-    picture shows its x0 on the way. deadline: of `time.monotonic`, None for none.
-    """
-
-    settings: SamplerConfig
-    labels: Tensor | None
-    seeds: Tensor
-    emit: Callable[[Event], None]
-    source: Blend | Edit | None = None
-    exact: bool = False
-    previews: int = 0
-    deadline: float | None = None
-
-    plan: SamplingPlan = field(init=False)
-    steps_done: int = field(init=False, default=0)
-    images_done: int = field(init=False, default=0)
-    running: list["_Picture"] = field(init=False, default_factory=list)
-    started: int = field(init=False, default=0)
-
-    @property
-    def steps(self) -> int:
-        """Calls of the denoiser that each picture takes."""
-        return len(self.plan.steps)
-
-    @property
-    def rows(self) -> int:
-        """Rows of a call that a picture takes: the guided answer needs two."""
-        return 1 if self.settings.guidance_scale == 1 else 2
-
-    @property
-    def work_left(self) -> int:
-        """Rows of all calls to come."""
-        return (len(self.seeds) * self.steps - self.steps_done) * self.rows
-
-    @property
-    def rows_left(self) -> int:
-        """Rows that its pictures take in a call with room for all of them."""
-        return (len(self.seeds) - self.images_done) * self.rows
-
-    @property
-    def longest_left(self) -> int:
-        """Calls that the last of its pictures needs, were there room for all."""
-        if self.started < len(self.seeds):
-            return self.steps
-        return max((self.steps - picture.step for picture in self.running), default=0)
-
-    def pictures(self) -> Iterator["_Picture"]:
-        """Those that could take a step, the oldest first; new ones begin as they are asked for."""
-        yield from list(self.running)
-        while self.started < len(self.seeds):
-            self.running.append(_Picture(self, self.started))
-            self.started += 1
-            yield self.running[-1]
-
-
-@dataclass(eq=False)
-class _Picture:
-    """One picture on its way. x, x0: (C, h, w), None before the first step."""
-
-    job: Job
-    index: int
-    step: int = 0
-    x: Tensor | None = None
-    x0: Tensor | None = None
 
 
 class StepEngine:
@@ -201,7 +93,7 @@ class StepEngine:
                 self._end(job, Finished(text))
         return True
 
-    def _choose(self, jobs: Sequence[Job]) -> list[_Picture]:
+    def _choose(self, jobs: Sequence[Job]) -> list[Picture]:
         """Jobs in their order, each with as many pictures as there is room for."""
         room, chosen = self.capacity, []
         for job in jobs:
@@ -214,7 +106,7 @@ class StepEngine:
         return chosen
 
     @torch.no_grad()
-    def _advance(self, pictures: list[_Picture]) -> None:
+    def _advance(self, pictures: list[Picture]) -> None:
         """One step of each picture, and what is told of it."""
         self._start([picture for picture in pictures if picture.x is None])
         x = torch.stack([_given(picture.x) for picture in pictures])
@@ -238,7 +130,7 @@ class StepEngine:
             if job.images_done == len(job.seeds):
                 self._end(job, Finished())
 
-    def _start(self, pictures: list[_Picture]) -> None:
+    def _start(self, pictures: list[Picture]) -> None:
         """Where each picture starts, from its seed alone or from its job's source."""
         plain = [picture for picture in pictures if picture.job.source is None]
         if plain:
@@ -250,7 +142,7 @@ class StepEngine:
             if picture.job.source is not None:
                 picture.x = self.sampler.start(picture.job.plan, picture.job.seeds, picture.job.source, picture.index)
 
-    def _denoise(self, pictures: list[_Picture], x: Tensor, t: Tensor) -> Tensor:
+    def _denoise(self, pictures: list[Picture], x: Tensor, t: Tensor) -> Tensor:
         """The guided answers for x (n, C, h, w) at t (n,): one call, padded to a bucket."""
         total = self.sampler.diffusion.num_train_timesteps
         guided = [
@@ -279,7 +171,7 @@ class StepEngine:
         conditional[guided] = sampling.guide(conditional[guided], answer[count:], scales, rescales)
         return conditional
 
-    def _labels(self, pictures: list[_Picture], guided: list[int], bucket: int) -> Tensor | None:
+    def _labels(self, pictures: list[Picture], guided: list[int], bucket: int) -> Tensor | None:
         """Each picture's label, the null class for each guided one, padding: int64 (bucket,)."""
         if self.sampler.conditioning.type != "class":
             return None
@@ -288,20 +180,20 @@ class StepEngine:
         padding = [0] * (bucket - len(own) - len(null))
         return torch.tensor(own + null + padding, device=self.sampler.device)
 
-    def _fresh(self, pictures: list[_Picture]) -> Tensor:
+    def _fresh(self, pictures: list[Picture]) -> Tensor:
         """The noise of each picture's own step."""
         seeds = torch.stack([picture.job.seeds[picture.index] for picture in pictures]).to(self.sampler.device)
         steps = torch.tensor([picture.step for picture in pictures], device=self.sampler.device)
         return sampling.step_noise(seeds, self.sampler.latent_shape)(steps)
 
-    def _show(self, pictures: list[_Picture]) -> None:
+    def _show(self, pictures: list[Picture]) -> None:
         for picture in pictures:
             job, done = picture.job, picture.step
             if done < job.steps and done in {job.steps * i // (job.previews + 1) for i in range(1, job.previews + 1)}:
                 pixels = self.sampler.decode(_given(picture.x0)[None])[0]
                 job.emit(Preview(picture.index, done, pixels))
 
-    def _finish(self, pictures: list[_Picture]) -> None:
+    def _finish(self, pictures: list[Picture]) -> None:
         if not pictures:
             return
         pixels = self.sampler.decode(torch.stack([_given(picture.x) for picture in pictures]))
@@ -331,31 +223,46 @@ class StepEngine:
             self._slowness = 1.0  # of a while ago; and a request that is refused for it would leave it as it is
         if len(jobs) >= self.max_jobs:
             raise Refused("as many requests wait as may wait; try again in a moment", self._duration(jobs) / len(jobs))
-        now, work, new_work, expected = time.monotonic(), 0, 0, 0.0
+        now, expected = time.monotonic(), 0.0
         others = sum(job.rows_left for job in jobs)
         retry_after = max(1.0, self._duration(jobs))
+        work, rows = 0, 0  # of those ahead, without the new job
+        behind = False
         for job in self._share.in_order_with(new, new.work_left):
-            work += job.work_left
-            seconds = self._seconds_for(work, job.longest_left, others + new.rows_left)
+            ahead = (work + new.work_left, rows + new.rows_left) if behind else (work, rows)
+            seconds = self._seconds_for(job, *ahead, wanted=others + new.rows_left)
             if job is new:
-                new_work, expected = job.work_left, seconds
-            if job.deadline is None or seconds <= PLANNED * (job.deadline - now):
-                continue
-            if job is new:
-                raise Refused("the deadline could not be kept; try again in a moment", retry_after)
-            # Also where that one is late by itself: nobody passes it then.
-            if self._seconds_for(work - new_work, job.longest_left, others) < seconds:
-                raise Refused("an earlier request's deadline could not be kept; try again in a moment", retry_after)
+                expected, behind = seconds, True
+            if job.deadline is not None and seconds > PLANNED * (job.deadline - now):
+                if job is new:
+                    raise Refused("the deadline could not be kept; try again in a moment", retry_after)
+                # Also where that one is late by itself: nobody passes it then.
+                if self._seconds_for(job, work, rows, wanted=others) < seconds:
+                    raise Refused("an earlier request's deadline could not be kept; try again in a moment", retry_after)
+            if job is not new:
+                work, rows = work + job.work_left, rows + job.rows_left
         return expected
 
     def _duration(self, jobs: Sequence[Job]) -> float:
-        return self._seconds_for(sum(job.work_left for job in jobs), 0, sum(job.rows_left for job in jobs))
+        """Seconds until all are done, were every call full."""
+        each, filled = self._call(sum(job.rows_left for job in jobs))
+        return each * sum(job.work_left for job in jobs) / filled
 
-    def _seconds_for(self, work: int, calls: int, rows: int) -> float:
-        """Seconds for `work` rows in all, in at least `calls` calls one after the other, while `rows` want a place."""
+    def _seconds_for(self, job: Job, work: int, rows: int, wanted: int) -> float:
+        """Seconds until the job is done, behind so much work of so many rows, while `wanted` rows want a place in all.
+
+        Graham's bound for list scheduling ("Bounds for certain multiprocessing anomalies", 1966): a call either takes
+        the job's last picture a step on or is full of what is ahead of that. Where all have room, nobody waits.
+        """
+        each, filled = self._call(wanted)
+        if rows + job.rows_left <= filled:
+            return each * job.longest_left
+        return each * ((work + job.work_left) / filled + job.longest_left * max(0.0, 1 - job.rows / filled))
+
+    def _call(self, rows: int) -> tuple[float, int]:
+        """Seconds of a call while `rows` want a place, and the pictures' rows in it: it costs the same with fewer."""
         bucket = next((size for size in self.buckets if size >= rows), self.capacity)
-        filled = max(1, min(rows, bucket))  # a call costs the same, however few of its rows are pictures
-        return self._slowness * self.seconds[bucket] * max(work / filled, calls)
+        return self._slowness * self.seconds[bucket], max(1, min(rows, bucket))
 
 
 def _given(x: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from ldm.latents.cache import hash_file
 BATCH_SIZE = 32
 LATENT_SIDE = 8
 SUFFIXES = (".pt", ".ts", ".pt2")
-INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"
+INCEPTION_SHA256 = "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"  # pragma: allowlist secret
 """Of `inception-2015-12-05.pt`, NVIDIA's TorchScript of the network that FID and IS are defined with (StyleGAN2-ADA's
 metrics; the hash is that of k-diffusion's `evaluation.py`, which downloads it). It resizes pictures by itself."""
 

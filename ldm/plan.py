@@ -68,12 +68,6 @@ class SamplerConfig(Config):
             pass
         raise ValueError("must be from 0 (deterministic) to 1 (ancestral), or sigma_hat")
 
-    @field_validator("guidance_interval", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        """`0.2,0.8` is read as [0.2, 0.8]."""
-        return value.split(",") if isinstance(value, str) else value
-
     @field_validator("guidance_interval")
     @classmethod
     def _interval_in_order(cls, value: tuple[float, float]) -> tuple[float, float]:

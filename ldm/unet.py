@@ -37,12 +37,6 @@ class UNetConfig(Config):
             raise ValueError("has no dropout, for nothing seeds what it would draw; leave it out")
         return {key: value for key, value in values.items() if key != "dropout"}
 
-    @field_validator("channel_multipliers", "attention_resolutions", mode="before")
-    @classmethod
-    def _split(cls, value: object) -> object:
-        """`1,2,4` is read as [1, 2, 4]."""
-        return value.split(",") if isinstance(value, str) else value
-
     @field_validator("attention_resolutions")
     @classmethod
     def _are_levels(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:

@@ -42,7 +42,8 @@ def ray_session() -> Iterator[None]:
         if address.startswith(("http://", "https://")):
             raise RequestError(f"RAY_ADDRESS={address}: is a dashboard; give HEAD:6379, or use `ldm submit`")
         try:
-            ray.init(address="auto", **quiet)
+            with _interrupts_wait():  # and Ray has put in a handler that aborts at SIGTERM: ours come back after it
+                ray.init(address="auto", **quiet)
         except (ConnectionError, ValueError, RuntimeError) as error:
             text = " ".join(str(error).split())[:160]
             raise RequestError(f"RAY_ADDRESS={address}: no Ray takes us there ({text})") from None

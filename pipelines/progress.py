@@ -36,7 +36,7 @@ class Progress:
         elif time.monotonic() - self._last > _EVERY_S:
             self._last = time.monotonic()
             rate = (done - self.initial) / max(1e-9, self._last - self.started)
-            left = f", {(self.total - done) / rate:.0f} s left" if rate > 0 else ""
+            left = f", {tqdm.format_interval((self.total - done) / rate)} left" if rate > 0 else ""
             say(f"{self.title}: {done:,}/{self.total:,} {self.unit}, {rate:.1f}/s{left}; {note}".rstrip("; "))
         self.done = done
 

@@ -28,10 +28,11 @@ _ANSWERS = {
     "busy": (503, "<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"),
     # For tests of their own, by name:
     "denied": (403, "<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"),
+    "expired": (403, "<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"),
     "gone": (404, "<Error><Code>NoSuchUpload</Code><Message>The upload does not exist.</Message></Error>"),
     "undeleted": (200, "<DeleteResult><Error><Key>x</Key><Code>InternalError</Code></Error></DeleteResult>"),
 }
-_NOT_DONE = ("busy", "denied", "undeleted")
+_NOT_DONE = ("busy", "denied", "expired", "undeleted")
 """Answers to requests that the server never hears of."""
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "proxy-connection", "expect"}
 
@@ -49,9 +50,7 @@ class ChaosProxy:
         self.counts: Counter[str] = Counter()
         self._lock = threading.Lock()
         self.calm()
-        handler = type("Handler", (_Handler,), {"chaos": self})
-        self._server = _Server(("127.0.0.1", 0), handler)
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        self._listen(0)
 
     @property
     def endpoint(self) -> str:
@@ -60,6 +59,22 @@ class ChaosProxy:
     def stop(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+    @contextmanager
+    def down(self) -> Iterator[None]:
+        """Within the block nobody listens: connections are refused, and those that stand are reset."""
+        port = self._server.server_address[1]
+        self.rage(1.0, kinds=("reset",))
+        self.stop()
+        try:
+            yield
+        finally:
+            self.calm()
+            self._listen(port)
+
+    def _listen(self, port: int) -> None:
+        self._server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"chaos": self}))
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def calm(self) -> None:
         """Every request passes; the counts begin anew."""

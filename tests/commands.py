@@ -1,6 +1,7 @@
-"""The `ldm` command in a process of its own, killed half way."""
+"""The commands of a page, and the `ldm` command in a process of its own, killed half way."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,13 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def console_commands(text: str) -> list[str]:
+    """The `$ …` commands of the console blocks of a page, lines that end in a backslash joined."""
+    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line[2:] for line in lines if line.startswith("$ ")]
 
 
 def kill_when(arguments: list[str], ready: Callable[[], bool], place: Path) -> None:

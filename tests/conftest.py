@@ -31,6 +31,8 @@ def ray_session(s3: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[N
     import ray
 
     with pytest.MonkeyPatch.context() as patch:
+        # Ray turns its token on by itself, but only where nothing in this process has said so before.
+        patch.delenv("RAY_AUTH_MODE", raising=False)
         patch.setenv("LDM_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("PYTHONPATH", str(ROOT / "examples"), prepend=os.pathsep)  # a denoiser of one's own
         ray.init(

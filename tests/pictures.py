@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ldm import images
 from ldm.autoencoder import Autoencoder
 from ldm.denoiser import DenoiserConfig, build_denoiser
 from ldm.diffusion import DiffusionConfig
@@ -183,3 +184,15 @@ def write_tiny_snapshot(
         images_seen=700,
         autoencoder_url=autoencoder_url,
     )
+
+
+def write_pictures(path: Path, labels: list[int | None]) -> str:
+    """A shard of small pictures of noise, with a label or none."""
+    generator = np.random.default_rng(0)
+    content = []
+    for i, label in enumerate(labels):
+        png = images.to_png(generator.integers(0, 256, (3, 32, 32), dtype=np.uint8))
+        members = {"png": png} if label is None else {"png": png, "cls": str(label).encode()}
+        content.append(RawSample(f"{i:03d}", members))
+    write_shard(str(path), content)
+    return str(path)

@@ -35,7 +35,8 @@ def signed(chaos_s3):
 def test_each_kind_of_fault(signed):
     chaos, path = signed
     assert get(chaos, path) == (200, BODY)
-    for kind, status, code in (("error", 500, b"InternalError"), ("busy", 503, b"SlowDown")):
+    answers = (("error", 500, b"InternalError"), ("busy", 503, b"SlowDown"), ("expired", 403, b"ExpiredToken"))
+    for kind, status, code in answers:
         chaos.rage(1.0, kinds=(kind,))
         found, body = get(chaos, path)
         assert found == status and b"<Code>" + code in body
@@ -50,6 +51,21 @@ def test_each_kind_of_fault(signed):
         assert chaos.counts == {"GET": 1, kind: 1, "bytes_in": 0, "bytes_out": len(BODY)}
     chaos.rage(1.0, kinds=("slow",), delay=0.1)
     assert get(chaos, path) == (200, BODY)
+
+
+def test_while_it_is_down_nobody_listens_and_no_connection_stands(signed):
+    chaos, path = signed
+    kept = http.client.HTTPConnection(chaos.endpoint.removeprefix("http://"), timeout=5)
+    kept.request("GET", path)
+    assert kept.getresponse().read() == BODY
+    with chaos.down():
+        with pytest.raises(ConnectionRefusedError):
+            get(chaos, path)
+        with pytest.raises(ConnectionError):
+            kept.request("GET", path)
+            kept.getresponse()
+    assert get(chaos, path) == (200, BODY)
+    kept.close()
 
 
 def test_a_lost_request_was_done_and_a_reset_one_was_not(chaos_s3, s3):

@@ -10,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from jobs import cli
+from tests.commands import console_commands
 from tests.jobs.test_interrupt import interrupt_when
 from tests.pictures import image_shard, samples, tiny_model
 
@@ -17,12 +18,10 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def console_commands(section: str) -> list[list[str]]:
-    """The `$ …` commands of a section, lines that end in a backslash joined."""
+def commands_of(section: str) -> list[list[str]]:
+    """The words of the commands of a section."""
     text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    blocks = re.findall(r"```console\n(.*?)```", text, re.DOTALL)
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [shlex.split(line[2:], comments=True) for line in lines if line.startswith("$ ")]
+    return [shlex.split(command, comments=True) for command in console_commands(text)]
 
 
 @pytest.mark.ray
@@ -34,7 +33,7 @@ def test_the_path_on_ones_own_pictures(
     for number in range(6):
         image_shard(tmp_path / "shards" / f"train-{number:05d}.tar", samples(12, start=12 * number))
     tiny_model().save_pretrained(tmp_path / "vae")
-    commands = console_commands("On your own pictures")
+    commands = commands_of("On your own pictures")
     assert commands.pop(0) == ["source", ".venv/bin/activate"]
     assert [command[:2] for command in commands] == [
         ["ldm", verb] for verb in ("encode", "train", "sample", "serve", "evaluate")
@@ -67,7 +66,7 @@ def test_the_path_on_ones_own_pictures(
 def _look_check_and_join(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = "".join(f"train-{n // 12:05d},{n:05d},a new caption of {n}\n" for n in range(72))
     (place / "captions.csv").write_text(f"shard,key,caption\n{rows}")
-    commands = console_commands("Look before, check after, join later")
+    commands = commands_of("Look before, check after, join later")
     assert [command[1] for command in commands] == ["inspect", "inspect", "verify", "verify", "convert"]
     said = ["price", "dB PSNR", "ok", "ok", "matched      72\n"]
     for command, text in zip(commands, said, strict=True):

@@ -4,6 +4,7 @@ Written last, it is the commit. Generations are immutable and named by their has
 """
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ from ldm.latents.receipt import (
     ShardReceipt,
     Statistics,
     account,
+    check_names,
     from_tables,
     receipts_in,
     statistics,
@@ -34,6 +36,7 @@ VERSION = 2
 Store = Literal["moments", "mean"]
 TABLES = ("receipts", "shards")
 """The Parquet tables of a generation."""
+_GENERATION = re.compile("[0-9a-f]{16}")
 _READ_COLUMNS = [
     *("name", "count", "shape", "bytes", "sha256", "index_bytes", "index_sha256"),
     *("columns", "columns_bytes", "columns_sha256"),
@@ -208,6 +211,7 @@ def read_manifest(url: str, generation: str | None = None, key: str = "latents")
     """Opens the newest generation, or the named one. Raises RequestError (for the config key `key`)."""
     values, base = _read_generation(url, generation, key)
     table = from_parquet(_checked(f"{base}.shards.parquet", values["shards"]), _READ_COLUMNS)
+    check_names(*table["name"].to_pylist(), *table["columns"].to_pylist())
     return Manifest(
         url=url,
         generation=storage.name(base),
@@ -229,7 +233,7 @@ def _read_generation(url: str, generation: str | None, key: str) -> tuple[dict[s
     """(the manifest proper, its URL without an ending)"""
     generation = generation or _newest(url, key)
     base = storage.join(url, "generations", generation)
-    if not storage.exists(f"{base}.json"):
+    if not _GENERATION.fullmatch(generation) or not storage.exists(f"{base}.json"):
         names = storage.list_dir(storage.join(url, "generations"))
         known = ", ".join(name.removesuffix(".json") for name in names if name.endswith(".json"))
         raise RequestError(f"{key}={url}: generation {generation} is not there; it holds {known or 'none'}")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from ldm import storage
+from ldm.config import DamagedError
 from ldm.latents.tables import from_parquet, rows_to_parquet
 
 
@@ -94,6 +95,13 @@ def statistics(parts: Sequence[Moments]) -> Statistics:
     return Statistics(whole.mean, std)
 
 
+def check_names(*names: str) -> None:
+    """Names become files of the data set. Raises DamagedError for one that would lead out of its folder."""
+    for name in names:
+        if not isinstance(name, str) or not name or "/" in name or "\0" in name:
+            raise DamagedError(f"a receipt or a generation names the file {name!r}, which is none of its data set")
+
+
 @dataclass(frozen=True)
 class OutputShard:
     """One tar of latents of one shape. shape: of a record, (2C, h, w) moments or (C, h, w). max_label: -1 for none.
@@ -113,6 +121,9 @@ class OutputShard:
     columns_sha256: str
     max_label: int
     moments: Moments
+
+    def __post_init__(self) -> None:
+        check_names(self.name, self.columns)
 
 
 @dataclass(frozen=True)
@@ -135,6 +146,9 @@ class ShardReceipt:
     accounting: Accounting
     quarantine_sha256: str
     outputs: tuple[OutputShard, ...]
+
+    def __post_init__(self) -> None:
+        check_names(self.name, self.source)
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "ShardReceipt":

@@ -33,7 +33,7 @@ from ldm.metrics.manifold import (
 from ldm.metrics.nearest import Neighbours, nearest_distance, nearest_neighbours
 from ldm.metrics.saved import SavedStatistics, read_statistics, write_statistics
 from ldm.metrics.score import log_score_contributions
-from ldm.metrics.sliced import sliced_wasserstein, sliced_wasserstein_contributions
+from ldm.metrics.sliced import SlicedReference, sliced_wasserstein
 
 __all__ = [
     "Gaussian",
@@ -41,6 +41,7 @@ __all__ = [
     "ManifoldContributions",
     "Neighbours",
     "SavedStatistics",
+    "SlicedReference",
     "bootstrap_interval",
     "equal_class_counts",
     "fit_gaussian",
@@ -59,7 +60,6 @@ __all__ = [
     "nearest_neighbours",
     "read_statistics",
     "sliced_wasserstein",
-    "sliced_wasserstein_contributions",
     "within_class_recall",
     "write_statistics",
 ]

@@ -10,34 +10,44 @@ from ldm.metrics.rows import as_rows
 NUM_PROJECTIONS = 256
 
 
+class SlicedReference:
+    """Rows (M, D), M at least 2, along 256 directions that the seed gives: what sets of rows are compared with."""
+
+    def __init__(self, reference: Tensor, seed: int = 0) -> None:
+        others = _rows(reference)
+        directions = random.normal(seed, "sliced-wasserstein", torch.arange(NUM_PROJECTIONS), 0, (others.shape[1],))
+        directions = directions.double()
+        self.directions = (directions / directions.norm(dim=1, keepdim=True)).T.to(others.device)  # (D, P)
+        self.ordered = (others @ self.directions).sort(0).values  # (M, P)
+
+    def contributions(self, features: Tensor) -> Tensor:
+        """features (N, D) => float64 (N,), whose mean is the sliced Wasserstein distance.
+
+        A row's number is the distance plus its Kantorovich potential (Santambrogio 2015, proposition 7.17: the first
+        variation of the squared distance), centred.
+        """
+        values, order = (_rows(features) @ self.directions).sort(0)
+        # The potential's slope is twice the way of a value to its target; between two rows, by the trapezoid rule.
+        ways = values - _quantiles(self.ordered, len(values))
+        steps = (values[1:] - values[:-1]) * (ways[1:] + ways[:-1])
+        potential = torch.cat([torch.zeros_like(values[:1]), steps.cumsum(0)])
+        potential = torch.empty_like(potential).scatter_(0, order, potential - potential.mean(0))  # back to their rows
+        return ways.square().mean() + potential.mean(1)
+
+
 def sliced_wasserstein(features: Tensor, reference: Tensor, seed: int = 0) -> float:
     """Squared 2-Wasserstein distance of rows (N, D) and rows (M, D), the mean over 256 directions that the seed gives.
 
     Squared units of a row's numbers: a shift of all rows by v gives |v|² / D about.
     """
-    return float(sliced_wasserstein_contributions(features, reference, seed).mean())
+    return float(SlicedReference(reference, seed).contributions(features).mean())
 
 
-def sliced_wasserstein_contributions(features: Tensor, reference: Tensor, seed: int = 0) -> Tensor:
-    """features (N, D), reference (M, D) => float64 (N,), whose mean is the sliced Wasserstein distance.
-
-    A row's number is the distance plus its Kantorovich potential (Santambrogio 2015, proposition 7.17: the first
-    variation of the squared distance), centred.
-    """
-    rows, others = as_rows(features), as_rows(reference)
-    if len(rows) < 2 or len(others) < 2:
-        raise ValueError(f"a sliced distance needs at least 2 rows of each set, not {len(rows)} and {len(others)}")
-    directions = random.normal(seed, "sliced-wasserstein", torch.arange(NUM_PROJECTIONS), 0, (rows.shape[1],)).double()
-    directions = (directions / directions.norm(dim=1, keepdim=True)).T.to(rows.device)  # (D, P)
-    values, order = (rows @ directions).sort(0)
-    targets = _quantiles((others @ directions).sort(0).values, len(rows))
-    costs = (values - targets).square().mean()
-    # The potential's slope is twice the way that a value has to its target; between two rows, by the trapezoid rule.
-    ways = values - targets
-    steps = (values[1:] - values[:-1]) * (ways[1:] + ways[:-1])
-    potential = torch.cat([torch.zeros_like(values[:1]), steps.cumsum(0)])
-    potential = torch.empty_like(potential).scatter_(0, order, potential - potential.mean(0))  # back to their rows
-    return costs + potential.mean(1)
+def _rows(features: Tensor) -> Tensor:
+    rows = as_rows(features)
+    if len(rows) < 2:
+        raise ValueError(f"a sliced distance needs at least 2 rows of each set, not {len(rows)}")
+    return rows
 
 
 def _quantiles(ordered: Tensor, count: int) -> Tensor:

@@ -151,5 +151,7 @@ def s3_code(error: BaseException) -> str:
 
 def _text(error: Exception, code: int, url: str) -> str:
     text = " ".join(str(getattr(error, "strerror", None) or error).split())
+    if text == "Forbidden":  # the answer to HEAD, which has no body that says why
+        return "Forbidden, or the credentials have expired"
     # The filesystems often have no more to say than the path.
     return os.strerror(code) if not text or text.strip("/") in url else text

@@ -6,6 +6,6 @@ an actor does with one.
 
 from pipelines.encode.config import EncodeConfig
 from pipelines.encode.plan import EncodePlan, plan
-from pipelines.encode.run import EncodeReport, encode
+from pipelines.encode.run import EncodeReport, encode, finished
 
-__all__ = ["EncodeConfig", "EncodePlan", "EncodeReport", "encode", "plan"]
+__all__ = ["EncodeConfig", "EncodePlan", "EncodeReport", "encode", "finished", "plan"]

@@ -105,25 +105,31 @@ class EncoderPool:
 
     def _start_actors(self) -> None:
         """As many as were asked for or the cluster has room for, and not more than there are shards for."""
-        import ray
-
         wanted = min(self.config.num_workers or cluster.places(self.resources), len(self._queue) + len(self._running))
-        options = {"num_cpus": self.resources["CPU"], "num_gpus": self.resources.get("GPU", 0)}
-        actor_class = ray.remote(ShardEncoder).options(**options, max_concurrency=shards_at_once(self.config))
         for _ in range(wanted - len(self._load) - len(self._starting)):
-            actor = actor_class.remote(self.config, self.fingerprint, self.device, self.threads)
+            actor = self._new_actor()
             self._starting[actor.ready.remote()] = actor
 
-    def _hand_out(self) -> None:
-        """The next shard to the actor that has least to do; a second one only when every actor has one.
+    def _new_actor(self) -> Any:
+        import ray
 
-        One that failed before works alone: should it take its actor along again, it takes no other shard with it.
+        options = {"num_cpus": self.resources["CPU"], "num_gpus": self.resources.get("GPU", 0)}
+        actor_class = ray.remote(ShardEncoder).options(**options, max_concurrency=shards_at_once(self.config))
+        return actor_class.remote(self.config, self.fingerprint, self.device, self.threads)
+
+    def _hand_out(self) -> None:
+        """The next shard to the actor that has least to do; a second one only while there is one for every actor.
+
+        So the last ones wait for whoever is idle first, be it an actor that is still starting. One that failed before
+        works alone: should it take its actor along again, it takes no other shard with it.
         """
         most = shards_at_once(self.config)
         while self._queue and self._load:
             actor = min(self._load, key=self._load.__getitem__)
             places = most if self._tries[_name(self._queue[0])] else 1
             if self._load[actor] + places > most:
+                return
+            if self._load[actor] and len(self._queue) <= len(self._load) + len(self._starting):
                 return
             task = self._queue.popleft()
             self._load[actor] += places

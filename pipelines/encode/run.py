@@ -17,7 +17,7 @@ from ldm.latents.manifest import (
     read_receipts,
 )
 from ldm.latents.preview import preview
-from ldm.latents.receipt import Accounting, account, names_in, receipt_name
+from ldm.latents.receipt import Accounting, ShardReceipt, account, names_in, receipt_name
 from ldm.latents.writer import quarantine_url
 from pipelines import cluster, lineage
 from pipelines.encode.config import EncodeConfig
@@ -78,11 +78,34 @@ def encode(config: EncodeConfig) -> EncodeReport:
             if todo.tasks and config.tracking.enabled:
                 _show(manifest, todo.autoencoder, tracker)
         _raise_for(work.set_aside, todo)
+    return _report(config, todo, work.receipts, generation, work.rate)
+
+
+def finished(config: EncodeConfig) -> EncodeReport | None:
+    """The report of a destination whose newest generation holds all of the source; None where there is work left.
+
+    Writes nothing. Raises RequestError, also for a destination that was made in another way.
+    """
+    todo = plan(config)
+    if todo.tasks or not storage.exists(storage.join(config.destination, "manifest.json")):
+        return None
+    manifest = read_manifest(config.destination, key="destination")
+    renamed = bool(todo.class_names) and todo.class_names != manifest.conditioning.names
+    if manifest.accounting != account(todo.receipts.values()) or renamed:  # killed before it could commit
+        return None
+    config = config.model_copy(update={"destination": storage.absolute(config.destination)})
+    return _report(config, todo, todo.receipts, manifest.generation, 0.0)
+
+
+def _report(
+    config: EncodeConfig, todo: EncodePlan, receipts: dict[str, ShardReceipt], generation: str, rate: float
+) -> EncodeReport:
+    total = account(receipts.values())
     return EncodeReport(
         **asdict(total),
-        shards=len({receipt.source for receipt in work.receipts.values()}),
+        shards=len({receipt.source for receipt in receipts.values()}),
         skipped_shards=len(todo.shards) - len({task.shard.name for task in todo.tasks}),
-        images_per_second=round(work.rate, 2),
+        images_per_second=round(rate, 2),
         destination=config.destination,
         generation=generation,
         exit_code=3 if total.quarantined > config.max_quarantined * total.inputs else 0,

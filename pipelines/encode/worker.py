@@ -7,9 +7,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from ldm.latents.writer import ShardWriter
 from ldm.shards import RawSample
 from pipelines.encode.config import BATCHES_IN_FLIGHT, EncodeConfig
 from pipelines.encode.plan import Task
+from pipelines.encode.turns import OldestFirst
 
 _AT_VAE = 2  # of them for each shard; one more is of pictures that are being decoded, the others fill
 _BYTES_AHEAD = 128 << 20  # of encoded pictures that wait, for each shard
@@ -78,7 +81,8 @@ class ShardEncoder:
             self.autoencoder.compile()
         self.decoders = DecoderPool(threads, self.rules, _DECODE_LIMIT_S)
         at_once = 1 if device == "cuda" else min(threads, shards_at_once(config) * _AT_VAE)
-        self.vae = ThreadPoolExecutor(at_once, "vae", torch.set_num_threads, (1,))  # torch keeps one for each thread
+        self.vae = OldestFirst(at_once, "vae", partial(torch.set_num_threads, 1))  # torch keeps one for each thread
+        self.turns = count()
         self._loading = threading.Lock()
 
     @property
@@ -137,6 +141,7 @@ class _OneShard:
 
     def __init__(self, encoder: ShardEncoder, task: Task) -> None:
         self.encoder, self.task, self.config = encoder, task, encoder.config
+        self.turn = next(encoder.turns)
         self.seconds = dict.fromkeys(("read", "decode", "vae", "write"), 0.0)
         self.waiting: deque[tuple[int, str, int, dict[str, Any], Future[Any]]] = deque()  # with the picture's bytes
         self.batches: dict[tuple[int, ...], list[_Record]] = {}
@@ -257,7 +262,7 @@ class _OneShard:
             pixels[row] = record.pixels
         while len(self.at_vae) >= _AT_VAE:
             self._store_batch()
-        self.at_vae.append((records, self.encoder.vae.submit(self.encoder.encode, pixels)))
+        self.at_vae.append((records, self.encoder.vae.submit(self.turn, partial(self.encoder.encode, pixels))))
 
     def _store_batch(self) -> None:
         """Waits for the oldest batch, and writes it: the order of the records depends on nothing else."""

@@ -5,6 +5,6 @@ client.py (from a running deployment) or workers.py (on Ray);
 measures.py has the figures, as functions of pictures.
 """
 
-from pipelines.evaluate.run import EvaluateConfig, EvaluatePlan, EvaluateReport, evaluate, plan
+from pipelines.evaluate.run import EvaluateConfig, EvaluatePlan, EvaluateReport, evaluate, finished, plan
 
-__all__ = ["EvaluateConfig", "EvaluatePlan", "EvaluateReport", "evaluate", "plan"]
+__all__ = ["EvaluateConfig", "EvaluatePlan", "EvaluateReport", "evaluate", "finished", "plan"]

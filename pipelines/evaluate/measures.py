@@ -143,9 +143,8 @@ def manifolds(sides: Sides, train: Tensor, features: Features, seed: int) -> lis
 
 def sliced(sides: Sides, train: Tensor, seed: int) -> list[Figure]:
     """`sliced_wasserstein` of pixels 0 to 1, squared: needs no network at all."""
-    return figures(
-        lambda rows: {"sliced_wasserstein": metrics.sliced_wasserstein_contributions(rows, train, seed)}, sides, seed
-    )
+    real = metrics.SlicedReference(train, seed)
+    return figures(lambda rows: {"sliced_wasserstein": real.contributions(rows)}, sides, seed)
 
 
 def inception_score(sets: Sets, features: Features, seed: int) -> list[Figure]:

@@ -1,6 +1,7 @@
 """The stage: reads the reference, draws from the deployment, measures, and writes report, grid and MLflow run."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -15,7 +16,7 @@ from ldm.plan import SamplerConfig, make_plan
 from ldm.snapshot import Snapshot, read_snapshot
 from ldm.sources import InputShard
 from pipelines import lineage
-from pipelines.evaluate import networks, report
+from pipelines.evaluate import asked, networks, report
 from pipelines.evaluate.drawing import DrawingConfig, connect, draw
 from pipelines.evaluate.figures import Measured, measure, measure_by_statistics
 from pipelines.evaluate.memory import pairs_grid
@@ -24,6 +25,7 @@ from pipelines.progress import say
 from pipelines.tracking import Tracker, TrackingConfig
 
 _SAVED = ".safetensors"
+_GRID, _REPORT = "grid.png", "report.json"
 _SETTINGS = {"num_images", "seed", "holdout", "max_reference", *SamplerConfig.model_fields}
 
 
@@ -112,6 +114,7 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
     client = connect(config, todo.snapshot, endpoint)
     reference = _read_reference(config, todo)
     name, folder = f"evaluate/{storage.name(config.snapshot)}", storage.join(config.output, "tracking")
+    asked.forget(config.output)  # what is there is about to be that of this request
     with Tracker(config.tracking, name, config, folder=folder) as tracker:
         tracker.used_model(todo.snapshot)
         tracker.dataset(lineage.image_dataset(todo.sizes), "reference")
@@ -124,7 +127,7 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
         samples, rate = drawn.pictures, drawn.images_per_second
         measured = _measure(config, todo, samples, reference, features, autoencoder)
         say(report.table(measured))
-        pages = {"grid.png": report.grid(samples, reference, todo.snapshot)}
+        pages = {_GRID: report.grid(samples, reference, todo.snapshot)}
         if measured.nearest:
             pages["nearest.png"] = pairs_grid(measured.nearest, samples, reference)
         settings = config.model_dump(include=_SETTINGS)
@@ -132,20 +135,50 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
         for page, picture in pages.items():
             storage.write_bytes(storage.join(config.output, page), images.to_png(picture))
             tracker.image(page, picture)
-        storage.write_json(storage.join(config.output, "report.json"), document)
+        storage.write_json(storage.join(config.output, _REPORT), document)
         tracked = {f"eval/{name}": value for name, value in measured.metrics.items()}
         tracker.log({**tracked, "perf/images_per_second": rate}, todo.snapshot.images_seen)
         tracker.tag({"snapshot": config.snapshot, "step": str(todo.snapshot.step), "features": features.name})
-        tracker.document("report.json", document)
-    return EvaluateReport(
+        tracker.document(_REPORT, document)
+    done = EvaluateReport(
         metrics=measured.metrics,
         num_images=len(samples),
         features=features.name,
         run_id=tracker.run_id,
-        grid=storage.join(config.output, "grid.png"),
-        report=storage.join(config.output, "report.json"),
+        grid=storage.join(config.output, _GRID),
+        report=storage.join(config.output, _REPORT),
         images_per_second=round(rate, 2),
     )
+    asked.keep(config.output, _request(config, todo), asdict(done))
+    return done
+
+
+def finished(config: EvaluateConfig) -> EvaluateReport | None:
+    """The report of an evaluation of the same snapshot, pictures and settings; None where there is work left.
+
+    Writes nothing. Raises RequestError.
+    """
+    kept = asked.kept(config.output, _request(config, plan(config)), needs=(_GRID, _REPORT))
+    if kept is None or kept.keys() != {field.name for field in fields(EvaluateReport)}:
+        return None
+    if config.tracking.enabled and kept["run_id"] is None:
+        return None
+    if config.save_statistics is not None and not storage.exists(config.save_statistics):
+        return None
+    places = {name: storage.join(config.output, file) for name, file in [("grid", _GRID), ("report", _REPORT)]}
+    return EvaluateReport(**{**kept, **places, "images_per_second": 0.0})
+
+
+def _request(config: EvaluateConfig, todo: EvaluatePlan) -> dict[str, Any] | None:
+    """All that figures depend on; None where a file of somebody else's takes part, which may have changed since."""
+    if todo.statistics or config.endpoint is not None or todo.features not in (networks.CLASSIFIER, networks.VAE):
+        return None
+    return {
+        "snapshot": storage.read_json(storage.join(config.snapshot, "snapshot.json")),
+        "reference": lineage.image_dataset(todo.sizes).digest,
+        "features": todo.features,
+        "settings": config.model_dump(mode="json", include={*_SETTINGS, "through", "batch_size", "denoiser_type"}),
+    }
 
 
 def _read_reference(config: EvaluateConfig, todo: EvaluatePlan) -> Reference:

@@ -2,39 +2,28 @@
 
 import asyncio
 import base64
-import contextlib
-import hashlib
-import hmac
 import json
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable, MutableMapping
+from collections.abc import AsyncIterator
 from importlib.resources import files
 from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import StringConstraints
-from starlette.requests import ClientDisconnect
 
 import ldm
 from ldm.config import RequestError
 from pipelines.serve import bulk
+from pipelines.serve.gate import Gate
 from pipelines.serve.requests import BulkRequest, Problem, SamplesRequest, SamplesResponse, one_line
 from pipelines.serve.table import Backend, Record, Table, Unserved
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-MAX_BODY = 16 * 2**20
-"""Bytes of a request's body; a picture is the largest part of one."""
-OPEN_PATHS = ("/", "/healthz", "/readyz", "/docs", "/openapi.json")
-"""For all, where a token is asked for; and the files of the page."""
 PAGE_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 PAGE_POLICY = "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; frame-ancestors 'none'"
 
 RequestId = Annotated[str, StringConstraints(max_length=64)]
-Scope = dict[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -50,8 +39,8 @@ def create_app(backend: Backend, *, token_sha256: str | None = None, in_flight: 
     _explain_errors(app)
     app.add_middleware(Gate, token_sha256=token_sha256)
     table = Table(backend)
-    responses: Responses = {status: {"model": Problem} for status in (401, 413, 422, 429, 500, 503, 504)}
-    of_id: Responses = {401: {"model": Problem}, 404: {"model": Problem}, 422: {"model": Problem}}
+    responses: Responses = {status: {"model": Problem} for status in (401, 403, 413, 422, 429, 500, 503, 504)}
+    of_id: Responses = {status: {"model": Problem} for status in (401, 403, 404, 422)}
 
     @app.post(
         "/v1/samples",
@@ -116,7 +105,7 @@ def create_app(backend: Backend, *, token_sha256: str | None = None, in_flight: 
         first = await anext(stream)  # what is wrong is told before the answer begins
         return StreamingResponse(_after(first, stream), media_type="application/x-tar")
 
-    @app.get("/v1/models", responses={401: {"model": Problem}})
+    @app.get("/v1/models", responses={401: {"model": Problem}, 403: {"model": Problem}})
     async def models() -> dict[str, Any]:
         """What is served: steps, classes, sizes of pictures (a side, or [height, width]); and the limits."""
         described = await backend.describe()
@@ -138,57 +127,6 @@ def create_app(backend: Backend, *, token_sha256: str | None = None, in_flight: 
 
     _add_page(app)
     return app
-
-
-class Gate:
-    """What every request passes: the token where there is one, and the bound of the body. Plain ASGI."""
-
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]], token_sha256: str | None) -> None:
-        self.app, self.token_sha256 = app, token_sha256
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            return await self.app(scope, receive, send)
-        headers = dict(scope["headers"])
-        if self.token_sha256 and not _is_open(scope["path"]) and not self._has_token(headers):
-            return await _refuse(send, 401, "authorization: is not 'Bearer TOKEN' with the token of this server")
-        length = headers.get(b"content-length", b"0")
-        if not length.isdigit() or int(length) > MAX_BODY:
-            return await _refuse(send, 413, f"body: the most is {MAX_BODY} bytes")
-        taken, too_large = 0, False
-
-        async def bounded() -> Message:
-            nonlocal taken, too_large
-            message = await receive()
-            taken += len(message.get("body", b""))
-            too_large = taken > MAX_BODY
-            return {"type": "http.disconnect"} if too_large else message
-
-        async def unless_too_large(message: Message) -> None:
-            if not too_large:
-                await send(message)
-
-        with contextlib.suppress(ClientDisconnect):  # what the application makes of it
-            await self.app(scope, bounded, unless_too_large)
-        if too_large:
-            await _refuse(send, 413, f"body: the most is {MAX_BODY} bytes")
-
-    def _has_token(self, headers: dict[bytes, bytes]) -> bool:
-        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
-        digest = hashlib.sha256(token.strip()).hexdigest()
-        return scheme.lower() == b"bearer" and hmac.compare_digest(digest, self.token_sha256 or "")
-
-
-def _is_open(path: str) -> bool:
-    return path in OPEN_PATHS or path.startswith("/page/")
-
-
-async def _refuse(send: Send, status: int, detail: str) -> None:
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps({"detail": detail}).encode()})
 
 
 def _explain_errors(app: "FastAPI") -> None:

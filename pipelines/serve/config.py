@@ -1,11 +1,13 @@
 """The configuration of `ldm serve`."""
 
+import hashlib
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from ldm import storage
 from ldm.config import Config, Location, RequestError
+from pipelines.token_files import other_readers
 
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -22,7 +24,8 @@ class ServeConfig(Config):
     )
     port: int = Field(8000, ge=0, le=65535, description="TCP port; 0: any free one")
     token_file: str | None = Field(
-        None, description="file on this machine whose first line is the token that requests must bear; null: none"
+        None,
+        description="file on this machine whose first line is the token that requests bear (mode 0600); null: none",
     )
     batch_size: int | Literal["auto"] = Field(
         "auto",
@@ -73,17 +76,25 @@ class ServeConfig(Config):
 
 
 def read_token(config: ServeConfig) -> str | None:
-    """The token, None for none. Raises RequestError where others could use the deployment without one."""
+    """The token, None for none. Raises RequestError where others could use the deployment without one, or read it."""
     if config.token_file is None:
         if config.host not in LOOPBACK:
             raise RequestError(
                 f"host={config.host}: others could use it without a token; give token_file=FILE, or host=127.0.0.1"
             )
         return None
+    path = storage.local_path(config.token_file)
     try:
-        token = storage.local_path(config.token_file).read_text().strip().split("\n")[0].strip()
+        token, others = path.read_text().strip().split("\n")[0].strip(), other_readers(path)
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError(f"token_file={config.token_file}: cannot be read ({error})") from None
+    if others:
+        raise RequestError(f"token_file={config.token_file}: can be read by {others}; chmod 600 {config.token_file}")
     if len(token) < 8:
         raise RequestError(f"token_file={config.token_file}: holds no token of at least 8 characters")
     return token
+
+
+def token_sha256(token: str | None) -> str | None:
+    """All that the deployment is told of a token."""
+    return None if token is None else hashlib.sha256(token.encode()).hexdigest()

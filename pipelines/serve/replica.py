@@ -1,18 +1,11 @@
 """A process that draws: the loaded models, the thread that steps them, and requests as streams of events. No Ray in it.
 
-A request goes in as plain values and comes out as batches of events, so that it may come from another process:
-
-    {"type": "taken", "model", "step", "labels", "seeds", "calls"}    the first one, or
-    {"type": "refused", "status", "detail", "retry_after"}            the only one
-    {"type": "progress", "steps_done", "images_done"}
-    {"type": "preview", "index", "steps_done", "data"}                data: bytes of a PNG
-    {"type": "picture", "index", "data"}                              of a PNG, or of a .npy
-    {"type": "done"}, or {"type": "failed", "status", "detail"}       the last one
+A request goes in as plain values and comes out as batches of events (`pipelines.serve.events`), so that it may come
+from another process.
 """
 
 import asyncio
 import contextlib
-import io
 import logging
 import os
 import sys
@@ -23,19 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from ldm import images
 from ldm.buckets import measure_buckets
 from ldm.config import RequestError, validate
 from ldm.drawing import load_sampler
-from ldm.engine import Drawn, Event, Finished, Job, Preview, Progress, StepEngine
+from ldm.engine import StepEngine
+from ldm.job import Event, Finished, Job, Preview, Progress
 from ldm.sharing import Refused
 from ldm.snapshot import Snapshot
 from pipelines.serve.catalog import Catalog, Version
 from pipelines.serve.config import ServeConfig
+from pipelines.serve.events import describe, encode
 from pipelines.serve.requests import BulkRequest, SamplesRequest
 
 _NICE = 19
@@ -111,7 +103,7 @@ class Replica:
         listed = sorted(versions.values(), key=lambda version: (version != default, -version.snapshot.step))
         return {
             "models": [
-                {"name": v.name, "default": v == default, "loaded": v.name in loaded, **_describe(v.snapshot)}
+                {"name": v.name, "default": v == default, "loaded": v.name in loaded, **describe(v.snapshot)}
                 for v in listed
             ],
             "limits": {
@@ -158,7 +150,7 @@ class Replica:
                     previewed = True
                     self.observe("first_preview_s", time.monotonic() - began)
                 ended = isinstance(events[-1], Finished)
-                yield await asyncio.to_thread(_encode, [*progress, *told], task.bulk and _is_npy(task))
+                yield await asyncio.to_thread(encode, [*progress, *told], task.bulk and _is_npy(task))
         finally:
             if not ended:
                 model.engine.cancel(job)
@@ -297,48 +289,5 @@ def _named(version: Version) -> str:
     return f"{version.name} (step {version.snapshot.step})"
 
 
-def _describe(snapshot: Snapshot) -> dict[str, Any]:
-    height, width = snapshot.picture_shape()
-    flow = snapshot.diffusion_config.is_flow
-    return {
-        "snapshot": snapshot.url,
-        "step": snapshot.step,
-        "images_seen": snapshot.images_seen,
-        "weights_sha256": snapshot.weights_sha256,
-        "image_size": height if height == width else [height, width],
-        "num_classes": snapshot.conditioning.num_classes,
-        "classes": list(snapshot.conditioning.names),
-        "num_train_timesteps": snapshot.diffusion_config.num_train_timesteps,
-        "flow": flow,
-        "samplers": ["euler", "heun"] if flow else ["ddim", "ddpm", "dpmpp_2m"],
-        "guidance": snapshot.conditioning.type == "class" and snapshot.denoiser.get("label_dropout") != 0,
-    }
-
-
 def _is_npy(task: Task) -> bool:
     return task.body.get("response_format") == "npy"
-
-
-def _encode(events: list[Event], npy: bool) -> list[dict[str, Any]]:
-    """Events as plain values: pictures as PNGs, or as .npy."""
-    told: list[dict[str, Any]] = []
-    for event in events:
-        if isinstance(event, Progress):
-            told.append({"type": "progress", "steps_done": event.steps_done, "images_done": event.images_done})
-        elif isinstance(event, Preview):
-            data = images.to_png(event.pixels.numpy())
-            told.append({"type": "preview", "index": event.index, "steps_done": event.steps_done, "data": data})
-        elif isinstance(event, Drawn):
-            data = _to_npy(event.pixels) if npy else images.to_png(event.pixels.numpy())
-            told.append({"type": "picture", "index": event.index, "data": data})
-        elif event.problem is None:
-            told.append({"type": "done"})
-        else:
-            told.append({"type": "failed", "status": 504 if event.late else 500, "detail": event.problem})
-    return told
-
-
-def _to_npy(pixels: Tensor) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, pixels.numpy(), allow_pickle=False)
-    return buffer.getvalue()

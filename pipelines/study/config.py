@@ -26,9 +26,11 @@ class StudyConfig(Config):
 
     output: Location = Field("study", description="directory or URL; run again, what is done there is not done again")
     num_images: int = Field(500, gt=1, description="pictures drawn for each arm, of the same seeds, classes in turn")
-    features: Literal["classifier", "vae"] = Field(
+    features: Location = Field(
         "classifier",
-        description="what the Fréchet distance is taken in: a classifier trained on the reference, or the autoencoder",
+        description="what the Fréchet distance is taken in: classifier (trained on the reference), vae, or the path or "
+        "URL of a network from pictures uint8 (N, 3, H, W) to features (N, D), which is code and is RUN: TorchScript "
+        "(.pt, .ts) or torch.export (.pt2)",
     )
     holdout: float = Field(0.1, gt=0, lt=1, description="share of the pictures, by a hash of the id, that are held out")
     max_reference: int = Field(20_000, gt=1, description="reference pictures read at most, the first ones")

@@ -11,10 +11,10 @@ from ldm import metrics
 from ldm.autoencoder import Autoencoder
 from ldm.classifier import Classifier
 from ldm.config import RequestError
-from ldm.features import Features, VaeFeatures
+from ldm.features import Features, VaeFeatures, load_extractor
 from ldm.snapshot import Snapshot
 from ldm.sources import InputShard
-from pipelines.evaluate.networks import trained_classifier
+from pipelines.evaluate.networks import CLASSIFIER, VAE, trained_classifier
 from pipelines.evaluate.reference import read_reference
 from pipelines.study.config import StudyConfig
 
@@ -58,7 +58,8 @@ class Quality:
 def make_quality(
     config: StudyConfig, inputs: Mapping[str, InputShard], snapshot: Snapshot, autoencoder: Callable[[], Autoencoder]
 ) -> Quality:
-    """Reads shards (by name), prepared as the snapshot's own pictures were. autoencoder: of features=vae.
+    """Reads shards (by name), prepared as the snapshot's own pictures were. autoencoder: of features=vae; a network of
+    the user's own is run.
 
     Raises RequestError where the reference cannot give the figures.
     """
@@ -69,13 +70,16 @@ def make_quality(
             f"reference: gives {len(train)} training and {len(holdout)} held-out pictures; at least 2 of each are "
             "needed: give more pictures, or another holdout"
         )
-    if config.features == "classifier" and (train.labels is None or holdout.labels is None):
+    if config.features == CLASSIFIER and (train.labels is None or holdout.labels is None):
         raise RequestError("features=classifier: the reference holds pictures without a label; give features=vae")
     features: Features
-    if config.features == "vae":
+    if config.features == VAE:
         features = VaeFeatures(autoencoder())
-    else:
+    elif config.features == CLASSIFIER:
         features = trained_classifier(reference, snapshot.conditioning.num_classes, config.seed, "study")
+    else:
+        device = default_device() if config.device == "auto" else config.device
+        features = load_extractor(config.features, snapshot.picture_shape(), device=device)
     gaussian = metrics.fit_gaussian(features.features(train.pixels))
     floor = float(metrics.frechet_contributions(features.features(holdout.pixels), gaussian).mean())
     return Quality(features, gaussian, floor, len(holdout), config.seed)

@@ -29,7 +29,7 @@ from pipelines.study.forecast import NOTE, denoiser_cost, flops_per_second
 from pipelines.study.laws import fits_of, plots_of
 from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
 from pipelines.study.quality import Quality, default_device, make_quality
-from pipelines.study.reference import check_classes
+from pipelines.study.reference import check_features
 from pipelines.study.table import Row
 from pipelines.study.training import TrainedConfig, check_sampler, train_anew, train_config, trained
 from pipelines.tracking import Tracker
@@ -124,7 +124,7 @@ def plan(config: ScalingConfig) -> Plan:
     inputs: dict[str, InputShard] = {}
     digest = None
     if config.reference is not None:
-        check_classes(config, manifest.conditioning.num_classes)
+        check_features(config, manifest.conditioning.num_classes)
         inputs, sizes = find_reference(config.reference)
         digest = lineage.image_dataset(sizes).digest
     apart = {"output", "latents", "sizes", "fractions", "device", "tracking"}

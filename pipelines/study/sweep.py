@@ -27,7 +27,7 @@ from pipelines.study.drawing import draw_all
 from pipelines.study.forecast import drawing_seconds
 from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
 from pipelines.study.quality import Quality, default_device, make_quality
-from pipelines.study.reference import check_classes
+from pipelines.study.reference import check_features
 from pipelines.study.table import Row
 
 STUDY = "sweep"
@@ -78,7 +78,7 @@ class SweepPlan:
 def plan(config: SweepConfig) -> SweepPlan:
     """Checks the whole request without weights and without Ray. Raises RequestError."""
     snapshot = read_snapshot(config.snapshot)
-    check_classes(config, snapshot.conditioning.num_classes)
+    check_features(config, snapshot.conditioning.num_classes)
     inputs, sizes = find_reference(config.reference)
     cells, left_out = combinations(config, snapshot)
     request = {

@@ -103,16 +103,20 @@ class Board:
         return self.answered, self.refused
 
 
-def watch(running: Any, board: Any, max_steps: int, started: Callable[[int, float], None]) -> int | None:
+def watch(
+    running: Any, board: Any, max_steps: int, started: Callable[[int, float], None], check: Callable[[], None]
+) -> int | None:
     """Shows the progress until the task `running` has ended; returns the signal that stopped it, if one did.
 
     The first Ctrl-C or SIGTERM asks the workers for a checkpoint, the second raises KeyboardInterrupt; so does the
     first where they have done no step that is not saved. `started` is told the step of each start, and its seconds.
+    `check` is called again and again: what it raises ends the watch.
     """
     with cluster.interrupts_noted() as caught, contextlib.ExitStack() as shown:
         watcher = _Watcher(board, max_steps, shown, started)
         while not watcher.ended(running):
             watcher.look()
+            check()
             if caught:
                 watcher.stop(caught[0])
         watcher.look()

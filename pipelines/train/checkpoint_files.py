@@ -89,6 +89,11 @@ def read_marker(url: str) -> dict[str, Any]:
         raise CheckpointError(f"{url}: has checkpoint format {found}; this version reads {FORMAT_VERSION}")
     if marker.pop("sha256", None) != _body_hash(marker):
         raise DamagedCheckpoint(f"{storage.join(url, MARKER)}: is damaged; its sha256 is not the one that it names")
+    for entry in marker["files"]:
+        if "/" in entry["name"]:
+            raise DamagedCheckpoint(
+                f"{storage.join(url, MARKER)}: names the file {entry['name']!r}, which is none of it"
+            )
     return marker
 
 

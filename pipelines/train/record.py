@@ -1,11 +1,12 @@
 """What a run began with, and what was excluded from it since: `OUTPUT/run.json` and `OUTPUT/exclude/`."""
 
 import math
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from ldm import storage
-from ldm.config import RequestError, differences, validate
+from ldm.config import DamagedError, RequestError, differences, validate
 from ldm.latents.choice import ids_hash, read_ids
 from pipelines.train.config import TrainConfig, trajectory
 from pipelines.train.tell import tell
@@ -14,6 +15,7 @@ RUN_FILE = "run.json"
 VALIDATION_FILE = "validation.json"
 FORMAT, VERSION = "ldm-run", 2
 """Version 1 drew other random numbers and had another order of samples."""
+_EXCLUDED = re.compile("exclude/[0-9a-f]{16}[.]txt")
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class RunRecord:
 def read_record(config: TrainConfig, checkpoint: str | None) -> RunRecord | None:
     """What the run in `output` began with; None where it never came to a checkpoint, and so binds nobody.
 
-    Raises RequestError where this request would change what it learns.
+    Raises RequestError where this request would change what it learns, DamagedError where it names others' files.
     """
     url = storage.join(config.output, RUN_FILE)
     if checkpoint is None or not storage.exists(url):
@@ -48,6 +50,8 @@ def read_record(config: TrainConfig, checkpoint: str | None) -> RunRecord | None
             "on exactly; give another output, and init_from=SNAPSHOT to begin with its weights"
         )
     exclusions = {int(step): name for step, name in values.pop("exclusions").items()}
+    if strange := [name for name in exclusions.values() if not _EXCLUDED.fullmatch(name)]:
+        raise DamagedError(f"{url}: names the list {strange[0]!r}, which is none of the run")
     record = RunRecord(**{**values, "generations": tuple(values["generations"])}, exclusions=exclusions)
     # With the defaults of keys that are newer than the run.
     began = validate(TrainConfig, {"latents": config.latents, "output": config.output, **record.trajectory})

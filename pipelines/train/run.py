@@ -15,6 +15,7 @@ from pipelines.progress import say
 from pipelines.tracking import Tracker
 from pipelines.train.build import engine_settings, open_holdout, open_latents
 from pipelines.train.checkpoint import newest_checkpoint, read_progress
+from pipelines.train.claim import Claim
 from pipelines.train.config import TrainConfig, check_unused, trajectory
 from pipelines.train.memory import meta_denoiser
 from pipelines.train.record import (
@@ -109,36 +110,28 @@ def plan(config: TrainConfig) -> TrainPlan:
         raise RequestError(f"resume=never: {config.output} holds a run; give another output, or resume=auto")
     parameters = sum(p.numel() for p in denoiser.parameters())
     output_bytes = check_space(config, parameters, checkpoint)
-    goes_back = checkpoint is not None and checkpoint != newest_checkpoint(config.output)
+    # Asked for: a newer checkpoint may also come of a command that is about to learn of this one.
+    goes_back = config.resume_from is not None and checkpoint not in (None, newest_checkpoint(config.output))
     return TrainPlan(dataset, exclusions, parameters, output_bytes, checkpoint, record, goes_back, notes)
 
 
 def train(config: TrainConfig) -> TrainReport:
     """Trains to `max_steps`, from the newest checkpoint in `output` where there is one.
 
-    Raises RequestError; RuntimeError where the workers failed more than `max_failures` times; KeyboardInterrupt
-    where Ctrl-C or SIGTERM asked for the end, after a checkpoint.
+    Raises RequestError; RuntimeError where the workers failed more than `max_failures` times, or another command took
+    the output over; KeyboardInterrupt where Ctrl-C or SIGTERM asked for the end, after a checkpoint.
     """
-    if config.init_from:  # part of what a run began with: the same from any folder
-        config = config.model_copy(update={"init_from": storage.absolute(config.init_from)})
-    todo = plan(config)
-    config = config.model_copy(
-        update={
-            "latents": tuple(storage.absolute(url) for url in config.latents_urls),
-            "output": storage.absolute(config.output),
-            "tracking": config.tracking.resolved(),
-        }
-    )
-    if (finished := _finished(config, todo)) is not None:
-        say(f"train: step {finished.step:,} is reached already")
-        _keep_record(config, todo, finished.run_id)  # what is excluded now stays so when the run goes on
-        if finished.run_id and kept_files(tracking_url(config.output)):
-            with _tracker(config, finished.run_id):
+    config, todo = _checked(config)
+    if (report := _finished(config, todo)) is not None:
+        say(f"train: step {report.step:,} is reached already")
+        _keep_record(config, todo, report.run_id)  # what is excluded now stays so when the run goes on
+        if report.run_id and kept_files(tracking_url(config.output)):
+            with _tracker(config, report.run_id):
                 pass  # which sends what MLflow has not heard yet
-        return finished
+        return report
     # Another trajectory, whose points would meet those of the one that is left, has a run of its own.
     run_id = todo.record.run_id if todo.record and not todo.goes_back else None
-    with _tracker(config, run_id) as tracker, cluster.ray_session():
+    with Claim(config.output) as claim, _tracker(config, run_id) as tracker, cluster.ray_session():
         record = _keep_record(config, todo, tracker.run_id)
         generation = "+".join(record.generations)
         if tracker.run_id != run_id:
@@ -157,9 +150,27 @@ def train(config: TrainConfig) -> TrainReport:
         def started(step: int, seconds: float) -> None:
             tracker.log({"perf/start_seconds": seconds}, step * config.global_batch_size)
 
-        result = run_workers(config, record, tracker, started)
+        result = run_workers(config, record, tracker, started, claim.check)
         _name_the_best(config, tracker, generation)
     return TrainReport(**result, run_id=tracker.run_id)
+
+
+def finished(config: TrainConfig) -> TrainReport | None:
+    """The report of a run that is at `max_steps`; None where there is work left. Raises RequestError."""
+    return _finished(*_checked(config))
+
+
+def _checked(config: TrainConfig) -> tuple[TrainConfig, TrainPlan]:
+    """The request as workers in other folders are given it, and what is left of it. Raises RequestError."""
+    if config.init_from:  # part of what a run began with: the same from any folder
+        config = config.model_copy(update={"init_from": storage.absolute(config.init_from)})
+    todo = plan(config)
+    where = {
+        "latents": tuple(storage.absolute(url) for url in config.latents_urls),
+        "output": storage.absolute(config.output),
+        "tracking": config.tracking.resolved(),
+    }
+    return config.model_copy(update=where), todo
 
 
 def _name_the_best(config: TrainConfig, tracker: Tracker, generation: str) -> None:

@@ -1,5 +1,6 @@
 """Ray Train: starts the workers of a run, and starts them again where one is lost or a node comes back."""
 
+import contextlib
 import os
 import tempfile
 import time
@@ -59,12 +60,17 @@ def check_cluster(config: TrainConfig) -> None:
 
 
 def run_workers(
-    config: TrainConfig, record: RunRecord, tracker: Tracker, started: Callable[[int, float], None]
+    config: TrainConfig,
+    record: RunRecord,
+    tracker: Tracker,
+    started: Callable[[int, float], None],
+    check: Callable[[], None],
 ) -> dict[str, Any]:
     """Trains, and shows what rank 0 reports meanwhile; returns the report's values.
 
-    `started` is told each first step and the seconds before it. Raises KeyboardInterrupt after a checkpoint where
-    Ctrl-C or SIGTERM asked for one, RequestError, and RuntimeError where the workers failed.
+    `started` is told each first step and the seconds before it; `check` is called again and again, and what it raises
+    ends the run. Raises KeyboardInterrupt after a checkpoint where Ctrl-C or SIGTERM asked for one, RequestError, and
+    RuntimeError where the workers failed.
 
     Ray Train runs in a task of its own: in this process its Ctrl-C handler would end it with 0, and in a thread it
     would outlive the Ray session.
@@ -91,12 +97,13 @@ def run_workers(
         fit = ray.remote(_fit).options(num_cpus=0, max_retries=0, scheduling_strategy=here)
         running = fit.remote(job, config.max_failures, worlds, scratch, filesystem)
         with SystemMetrics(tracker, lambda: ray.get(board.where.remote())):
-            stopped_by = watch(running, board, config.max_steps, started)
+            stopped_by = watch(running, board, config.max_steps, started, check)
             ray.get(running)
     except ray.exceptions.RayError as error:
         raise _failure(error, board) from error
     finally:
-        storage.remove(scratch if filesystem is None else storage.join(config.output, ".ray"))
+        with contextlib.suppress(OSError):  # a store that is away: why the run ended is what is to be said
+            storage.remove(scratch)
     result: dict[str, Any] = ray.get(board.read.remote())["status"]["result"]
     if result["step"] < config.max_steps:
         say(f"train: stopped at step {result['step']:,} with the checkpoint {result['checkpoint']}")
@@ -169,7 +176,7 @@ def _fit(job: dict[str, Any], max_failures: int, worlds: Sequence[int], scratch:
         scaling_config=ScalingConfig(num_workers=worlds[-1], use_gpu=on_gpu, resources_per_worker=resources),
         run_config=RunConfig(
             name=f"train-{uuid.uuid4().hex[:8]}",
-            storage_path=scratch,
+            storage_path=scratch if filesystem is None else storage.open_fs(scratch)[1],
             storage_filesystem=filesystem,
             failure_config=FailureConfig(max_failures=max_failures),
             callbacks=[Listen()],
@@ -183,7 +190,7 @@ def _ray_storage(output: str) -> tuple[str, Any]:
         folder = storage.local_path(output)
         folder.mkdir(parents=True, exist_ok=True)
         return tempfile.mkdtemp(prefix=".ray-", dir=folder), None
+    scratch = storage.join(output, ".ray", uuid.uuid4().hex)  # of this command alone
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-    fs, path = storage.open_fs(storage.join(output, ".ray"))
-    return path, PyFileSystem(FSSpecHandler(fs))
+    return scratch, PyFileSystem(FSSpecHandler(storage.open_fs(scratch)[0]))

@@ -84,6 +84,10 @@ WRONG = [
     ("submit verify vae level=half --address http://127.0.0.1:1", "level=half: input should be 'quick' or 'full'"),
     ("submit verify vae --address http://127.0.0.1:1", "--address=http://127.0.0.1:1: no Ray cluster"),
     ("submit train latents=l output=o", "--address: missing; give --address http://HEAD:8265, or set RAY_ADDRESS"),
+    ("submit verify vae --name a/b --address http://127.0.0.1:1", "--name=a/b: give letters, digits, "),
+    ("run", "pipeline: missing; give a YAML file of steps"),
+    ("run none.yaml", "pipeline=none.yaml: is no file; give one, as in: ldm run pipeline.yaml"),
+    ("rnu p.yaml", "'rnu': is no command; did you mean 'run'?"),
     ("submit trian", "'trian': cannot be submitted; give one of encode, verify, train, sample, evaluate, study"),
     ("submit train latnts=x --address http://127.0.0.1:1", "latnts=x: unknown key; did you mean 'latents'?"),
     ("submit train latents=l output=o --address http://127.0.0.1:1", "--address=http://127.0.0.1:1: no Ray cluster"),
@@ -217,3 +221,16 @@ def test_the_stage_modules_run_as_python_m(snapshot: str, tmp_path: Path) -> Non
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: num_images=0: input should be greater than 0")
+
+
+def test_a_figure_stands_in_one_line_with_its_interval_and_its_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = {"fd": 1.5035, "fd_low": 1.3114, "fd_high": 1.708, "fd_floor": 1.36, "recall": 0.71, "recall_floor": 0.96}
+    cli.show_values({"num_images": 500, "metrics": metrics, "latency": {}})
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        "num_images 500",
+        "metrics",
+        "fd 1.504 [1.311, 1.708] floor 1.36",
+        "recall 0.71 floor 0.96",
+        "latency {}",
+    ]

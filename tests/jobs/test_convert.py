@@ -12,7 +12,7 @@ from ldm.snapshot import read_snapshot
 from tests.ldm.exchanging import write
 from tests.ldm.test_original import checkpoint
 from tests.pictures import kl_model
-from tests.test_readme import console_commands
+from tests.test_readme import commands_of
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str
 
 
 def test_the_commands_of_the_readme(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for command in console_commands("Models in and out"):
+    for command in commands_of("Models in and out"):
         assert command[:2] == ["ldm", "convert"]
         assert cli.main([*command[1:], "--dry-run"]) == 0
         assert not Path(command[-1].partition("=")[2]).exists()

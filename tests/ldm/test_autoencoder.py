@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ldm import shards
-from ldm.autoencoder import Autoencoder, hash_tensors, load_autoencoder
+from ldm.autoencoder import FILES, Autoencoder, hash_tensors, load_autoencoder
 from ldm.config import RequestError
 from ldm.images import decode
 from tests.pictures import dc_model, kl_model, tiny_model
@@ -103,6 +103,16 @@ def test_bfloat16_computes_about_the_same(kl, kl_folder):
     half = load_autoencoder(str(kl_folder), precision="bfloat16").encode(pixels())
     assert half.dtype == torch.float32
     assert (half - kl.encode(pixels())).abs().mean() < 0.05
+
+
+def test_the_same_files_wherever_it_was_loaded_from(kl, s3, tmp_path):
+    """Of a URL that is a temporary folder, another one each time."""
+    kl.save(f"{s3}/same")
+    for name in ("one", "other"):
+        load_autoencoder(f"{s3}/same").save(str(tmp_path / name))
+    for name in FILES:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+    assert "_name_or_path" not in json.loads((tmp_path / "one" / "config.json").read_text())
 
 
 def test_at_a_url(kl, s3):

@@ -189,7 +189,7 @@ class TestSliced:
     def test_the_interval_covers(self):
         real = gaussian_rows(60, 3, 9999, shift=0.5)
         covered, _ = coverage(
-            lambda seed: gaussian_rows(60, 3, seed), lambda r: metrics.sliced_wasserstein_contributions(r, real), 120
+            lambda seed: gaussian_rows(60, 3, seed), lambda r: metrics.SlicedReference(real).contributions(r), 120
         )
         assert 0.88 <= covered <= 0.99
 

@@ -30,7 +30,7 @@ def within(made: Replica, work: Callable[[httpx.AsyncClient], Awaitable[T]], **o
 
     async def main() -> T:
         transport = httpx.ASGITransport(local_app(made, **options))
-        async with httpx.AsyncClient(transport=transport, base_url="http://app", timeout=60) as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=60) as client:
             return await work(client)
 
     return asyncio.run(main())

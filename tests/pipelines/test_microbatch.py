@@ -113,7 +113,7 @@ def test_all_ranks_take_the_smallest_and_a_resume_what_it_had(tmp_path: Path) ->
     autoencoder = Autoencoder(kl_model())
     latent_dataset(str(tmp_path / "latents"), autoencoder)
     for world in (2, 3):
-        write_marker(str(tmp_path / f"of-{world}"), {"world": world, "progress": {"micro_batch_size": 2}})
+        write_marker(str(tmp_path / f"of-{world}"), {"world": world, "files": [], "progress": {"micro_batch_size": 2}})
     ranks = gloo.run(scenario, 2, str(tmp_path / "latents"), str(tmp_path))
     assert ranks[0] == ranks[1]
     taken = ranks[0]

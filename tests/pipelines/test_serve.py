@@ -1,6 +1,7 @@
 """The deployment on Ray Serve: two replicas behind one frontend, which owns every request whoever draws it."""
 
 import io
+import os
 import re
 import signal
 import socket
@@ -45,13 +46,20 @@ def endpoint(ray_session: None, snapshot: str) -> Iterator[str]:
 
 @pytest.fixture
 def client(endpoint: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=endpoint, trust_env=False, timeout=60) as client:
+    with httpx.Client(base_url=endpoint, trust_env=False, timeout=200) as client:
         yield client
 
 
 def offline(snapshot: str, labels: list[int], seeds: list[int]) -> Any:
+    """With as many threads as a replica has here: each of two has half of Ray's 4 CPUs, and no more than there are."""
     settings = SamplerConfig(**{key: value for key, value in SETTINGS.items() if key != "exact"})
-    return load_sampler(snapshot, ROWS // 2, "cpu").draw(torch.tensor(labels), torch.tensor(seeds), settings).numpy()
+    before = torch.get_num_threads()
+    torch.set_num_threads(min(2, len(os.sched_getaffinity(0))))
+    try:
+        sampler = load_sampler(snapshot, ROWS // 2, "cpu")
+        return sampler.draw(torch.tensor(labels), torch.tensor(seeds), settings).numpy()
+    finally:
+        torch.set_num_threads(before)
 
 
 def replicas() -> list[psutil.Process]:
@@ -180,6 +188,7 @@ class TestPlan:
         for text, problem in ((None, "cannot be read"), ("short", "holds no token of at least 8 characters")):
             if text is not None:
                 file.write_text(text)
+                file.chmod(0o600)
             with pytest.raises(RequestError, match=f"^token_file={file}: {problem}"):
                 serve.plan(serve.ServeConfig(snapshot=snapshot, host="0.0.0.0", port=0, token_file=str(file)))
         file.write_text("long enough\n")

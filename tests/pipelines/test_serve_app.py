@@ -22,7 +22,7 @@ from ldm import images
 from ldm.drawing import Blend, Edit, load_sampler
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig
-from pipelines.serve.app import MAX_BODY
+from pipelines.serve.gate import MAX_BODY
 from pipelines.serve.local import local_app
 from pipelines.serve.replica import Replica
 from tests.pipelines.serving import post, read_events, replica, within

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from mlflow import MlflowClient
 from PIL import Image
@@ -23,6 +24,8 @@ from ldm.snapshot import read_snapshot
 from ldm.storage import write_json
 from pipelines.study import sweep
 from pipelines.study.sweep import SweepConfig
+from tests.commands import kill_when
+from tests.ldm.extractors import Means, write_script
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 from tests.pipelines.training import tracked
 
@@ -109,6 +112,8 @@ def test_what_is_wrong_is_told_before_any_work(place: Path, tmp_path: Path) -> N
     blank = str(tmp_path / "blank")
     for changes, line in [
         ({"snapshot": blank, "features": "classifier"}, "features=classifier: the model is unconditional"),
+        ({"features": "no.pt"}, r"features=\S*no\.pt: is not there"),
+        ({"features": "inception"}, r"features=\S*inception: is none"),
         ({"snapshot": blank, "guidance_scale": "3"}, "guidance_scale=3.0: the model is unconditional; must be 1"),
         ({"reference": f"{place}/nothing.tar"}, "reference=.*nothing.tar: does not exist"),
         ({"steps": "ten"}, "steps=ten: input should be a valid integer"),
@@ -162,6 +167,26 @@ def test_a_sweep_and_the_same_command_again(
     assert "ddim-eta0-g1-s3" not in sweep.dry_run(wider).done
 
 
+@pytest.mark.ray
+@pytest.mark.faults
+def test_a_killed_sweep_goes_on_to_the_same_figures(
+    ray_session: None, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = {"steps": "2,3,4,5", "eta": "0", "sampler": "ddim", "num_images": 64}
+    whole = sweep.run(config(place, tmp_path / "whole", **many))
+    killed = config(place, tmp_path / "killed", **many)
+    (tmp_path / "killed.json").write_text(killed.model_dump_json())
+    arms = tmp_path / "killed" / "arms"
+    monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    kill_when(["study", "sweep", "--config", "killed.json"], lambda: len(list(arms.glob("*.json"))) > 0, tmp_path)
+    kept = {file: file.stat().st_mtime_ns for file in arms.glob("*.json")}
+    assert 1 <= len(kept) < 4
+    report = sweep.run(killed)
+    assert report.skipped == len(kept) and {file: file.stat().st_mtime_ns for file in kept} == kept
+    drawn = [[(row["name"], row["fd"], row["fd_low"]) for row in one.rows] for one in (whole, report)]
+    assert drawn[0] == drawn[1]
+
+
 def _assert_the_figure_is_that_of_the_pictures(place: Path, rows: list[dict[str, Any]]) -> None:
     """Drawn and measured here, by hand."""
     snapshot = read_snapshot(str(place / "snapshot"))
@@ -176,6 +201,16 @@ def _assert_the_figure_is_that_of_the_pictures(place: Path, rows: list[dict[str,
     assert row["features"] == quality.name and row["floor"] == pytest.approx(quality.floor)
     assert row["fd"] == pytest.approx(quality.figures(pixels, labels)["fd"], rel=1e-3)
     assert 0 < quality.floor < row["fd"]
+
+
+def test_a_network_of_ones_own_gives_the_features(place: Path, tmp_path: Path) -> None:
+    asked = config(place, place / "nothing", features=str(write_script(Means(), tmp_path / "means.pt")))
+    snapshot = read_snapshot(asked.snapshot)
+    quality = sweep.make_quality(asked, sweep.plan(asked).shards, snapshot, lambda: snapshot.load_autoencoder("cpu"))
+    assert quality.name.startswith("fd-means-")
+    pixels = load_digit_pictures()[0][:50]
+    own = metrics.frechet_contributions(Means()(pixels)[0], quality.train).mean().detach()
+    assert quality.figures(pixels, None)["fd"] == pytest.approx(float(own))
 
 
 def test_the_classifier_counts_what_it_reads_right(place: Path) -> None:

@@ -1,0 +1,126 @@
+"""The YAML file of `ldm run`: stages in their order, each with its own keys, and what they hand on to one another."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from jobs import cli
+from jobs.submit import check_submittable
+from ldm.config import Config, RequestError, load_yaml
+from ldm.sources import find_shards
+from pipelines.train.snapshots import snapshot_url
+
+CONFIG = "config"
+"""The key of a step that names a packaged config or a file, as `--config` does."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """title: as written, `study sweep`: the stage, then what stands behind it on the command line."""
+
+    title: str
+    values: Mapping[str, Any]
+
+    @property
+    def verb(self) -> str:
+        return self.title.split()[0]
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        return tuple(self.title.split()[1:])
+
+
+@dataclass
+class Pipeline:
+    """Steps, and what those that are done gave to the others."""
+
+    name: str
+    steps: tuple[Step, ...]
+    given: dict[str, Any] = field(default_factory=dict)
+
+    def configs(self) -> list[Config]:
+        """Of all steps, each with what those before it will give. Raises RequestError, which names the step."""
+        ahead, configs = Pipeline(self.name, self.steps), []
+        for step in self.steps:
+            config = ahead.config(step)
+            ahead.gave(step, _promised(step, config))
+            configs.append(config)
+        return configs
+
+    def config(self, step: Step) -> Config:
+        """Of a step, with what those before it gave where it leaves that out. Raises RequestError."""
+        values = {key: value for key, value in step.values.items() if key != CONFIG}
+        named = step.values.get(CONFIG)
+        arguments = [*step.words, *(["--config", str(named)] if named is not None else [])]
+        try:
+            return _parse(step, arguments, values, self.given)
+        except RequestError as error:
+            raise RequestError(f"{self.name}: {step.title}: {error}") from None
+
+    def gave(self, step: Step, report: Mapping[str, Any]) -> None:
+        """Keeps what later steps take from this one, whose report says where it is."""
+        if step.verb == "encode":
+            self.given |= {"latents": report["destination"], "reference": self.config(step).model_dump()["source"]}
+        elif step.verb == "train":
+            self.given["snapshot"] = report["snapshot"]
+
+
+def read_pipeline(path: Path) -> Pipeline:
+    """Raises RequestError where the file is no mapping of stages to their keys."""
+    values = load_yaml(path)
+    if not values:
+        raise RequestError(f"{path}: holds no step; give stages with their keys, such as encode, train and evaluate")
+    document: Any = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+    written = [str(key.value) for key, _ in document.value]
+    for title, keys in values.items():
+        if not isinstance(title, str) or not title.strip():
+            raise RequestError(f"{path}: {title!r}: is no stage")
+        try:
+            check_submittable(title.split()[0])
+        except RequestError as error:
+            raise RequestError(f"{path}: {error}") from None
+        if not isinstance(keys, dict | None):
+            raise RequestError(f"{path}: {title}: holds a {type(keys).__name__}, expected a mapping of keys to values")
+        if written.count(title) > 1:
+            raise RequestError(f"{path}: {title}: stands there twice; give the second one a file of its own")
+    return Pipeline(str(path), tuple(Step(title, keys or {}) for title, keys in values.items()))
+
+
+def check_inputs(pipeline: Pipeline, configs: Sequence[Config]) -> None:
+    """Raises RequestError for image shards that are not there: a late step must not fail for them after days."""
+    for step, config in zip(pipeline.steps, configs, strict=True):
+        for key in ("source", "reference"):
+            value = getattr(config, key, None)
+            if value is None or (isinstance(value, str) and value.endswith(".safetensors")):
+                continue
+            try:
+                find_shards(value)
+            except RequestError as error:
+                text = str(error).replace("source=", f"{key}=", 1)
+                raise RequestError(f"{pipeline.name}: {step.title}: {text}") from None
+
+
+def _parse(step: Step, arguments: list[str], values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
+    """The configuration of a step; keys that it needs and nobody gives are taken from `given`."""
+    while True:
+        try:
+            _, config = cli.parse_stage(step.verb, arguments, [(step.title, values)])
+        except RequestError as error:
+            key = str(error).partition(": missing; ")[0]
+            if key not in given or key in values:
+                raise
+            values = {**values, key: given[key]}
+            continue
+        assert config is not None  # nothing among the arguments asks for less than a run
+        return config
+
+
+def _promised(step: Step, config: Config) -> dict[str, Any]:
+    """What the report of a step will say of where its output is."""
+    if step.verb == "train":
+        values = config.model_dump(include={"output", "max_steps"})
+        return {"snapshot": snapshot_url(values["output"], values["max_steps"])}
+    return config.model_dump(include={"destination"})
