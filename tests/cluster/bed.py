@@ -1,6 +1,7 @@
 """A cluster on one machine: a head without CPUs and nodes of their own, S3, MLflow on PostgreSQL, all on loopback."""
 
 import json
+import os
 import secrets
 import subprocess
 import sys
@@ -18,6 +19,14 @@ from tests.conftest import _free_port
 NODES, CPUS = 3, 2
 RAY = str(Path(sys.executable).with_name("ray"))
 _SMALL = ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0", "--disable-usage-stats"]
+
+HEAD = "127.0.0.1"
+
+# Ray wants its folder at one path on all nodes, and nodes that share its files clear away each other's. In a mount
+# namespace of its own a node has that path and its own files there, as a machine has. The head keeps the path as it is
+# seen from outside, for drivers look there for the sockets of the head's raylet.
+_NAMESPACE = ["unshare", "--mount", "--propagation", "private", *(["--map-root-user"] if os.geteuid() else [])]
+_WITH_OWN_DISK = [*_NAMESPACE, "sh", "-c", 'mount --bind "$1" "$2" && shift 2 && exec "$@"', "sh"]
 
 
 @dataclass
@@ -46,7 +55,7 @@ class Bed:
     def start_head(self) -> None:
         gcs, dashboard, client, agent = self._ports
         self.head = self._ray_start(
-            "head", "127.0.0.1", "--head", "--num-cpus=0", f"--port={gcs}", "--dashboard-host=127.0.0.1",
+            "head", HEAD, "--head", "--num-cpus=0", f"--port={gcs}", "--dashboard-host=127.0.0.1",
             "--include-dashboard=true", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}",
             f"--dashboard-agent-listen-port={agent}",
         )  # fmt: skip
@@ -132,10 +141,13 @@ class Bed:
 
     def _ray_start(self, name: str, address: str, *options: str) -> Node:
         """`ray start` with folders of its own. --block keeps what it starts below it, to be ended by its ids."""
-        folder = self.folder / name
-        folder.mkdir(exist_ok=True)
+        folder, shared = self.folder / name, self.folder / "ray"
+        for made in (folder / "ray", shared):
+            made.mkdir(parents=True, exist_ok=True)
         own = {"HOME": str(folder), "TMPDIR": str(folder), "LDM_CACHE": str(folder / "cache")}
-        command = [RAY, "start", "--block", f"--node-ip-address={address}", f"--temp-dir={folder}/ray", *_SMALL]
+        command = [RAY, "start", "--block", f"--node-ip-address={address}", f"--temp-dir={shared}", *_SMALL]
+        if address != HEAD:
+            command = [*_WITH_OWN_DISK, str(folder / "ray"), str(shared), *command]
         environment = {**self.environment, **own}
         process = processes.start([*command, *options], self.folder / f"{name}.log", environment, cwd=folder)
         return Node(process, address, folder)
