@@ -257,10 +257,11 @@ def _diffusers_steps(diffusion: DiffusionConfig, settings: SamplerConfig) -> lis
     assert settings.eta != "sigma_hat"
     sigma = settings.eta * ((1 - alpha_prev) / (1 - alpha) * (1 - alpha / alpha_prev)) ** 0.5
     direction = (1 - alpha_prev - sigma**2) ** 0.5
-    if direction.isnan().any():
+    # At zero SNR and eta 1 what stands below the root is 0 and a rounding, whose sign depends on the processor.
+    if direction.isnan().any() or (settings.eta == 1 and alpha.eq(0).any()):
         raise RequestError(
-            f"eta={settings.eta}: diffusers computes NaN here, the root of a rounding below 0; give eta=0, or "
-            "profile=exact"
+            f"eta={settings.eta}: diffusers takes the root of a rounding about 0 here, NaN on some processors; give "
+            "eta=0, or profile=exact"
         )
     roots = (alpha**0.5, (1 - alpha) ** 0.5, alpha_prev**0.5, (1 - alpha_prev) ** 0.5)
     rows = torch.stack((alpha, alpha_prev, sigma, *roots, alpha_prev**0.5, direction), dim=1).tolist()

@@ -90,11 +90,13 @@ def test_the_diffusers_profile_on_other_schedules(values: dict, prediction: str,
     assert_diffusers(config, steps, "leading", [{**row, "steps_offset": 1} for row in rows if steps > 1])
 
 
-def test_where_diffusers_itself_gives_nan_is_refused() -> None:
-    """At zero SNR with eta the square of its direction is a rounding below 0."""
+@pytest.mark.parametrize("steps", [10, 20, 30, 40, 50])
+def test_where_diffusers_gives_nan_on_some_processors_is_refused(steps: int) -> None:
+    """At zero SNR with eta 1 the square of its direction is 0 and a rounding, below 0 on one processor and not on
+    another: it is refused on all, whichever this is."""
     config = DiffusionConfig(prediction_type="v_prediction", zero_terminal_snr=True)
-    settings = {"num_inference_steps": 30, "spacing": "trailing", "eta": 1.0}
-    assert not their_ddim(config, 30, "trailing", {**settings, "clip_x0": None}).isfinite().any()
+    settings = {"num_inference_steps": steps, "spacing": "trailing", "eta": 1.0}
+    assert alphas_cumprod(config, torch.float32)[-1] == 0
     with pytest.raises(RequestError, match="^eta=1.0: .* profile=exact"):
         make_plan(config, SamplerConfig(**settings, profile="diffusers"))
     assert run(config, [settings]).isfinite().all()
