@@ -186,8 +186,17 @@ def _stands(row: Row | None, quality: Quality) -> bool:
 
 
 def _name(settings: SamplerConfig) -> str:
-    eta = settings.eta if isinstance(settings.eta, str) else f"eta{settings.eta:g}"
-    return f"{settings.sampler}-{eta}-g{settings.guidance_scale:g}-s{settings.num_inference_steps}"
+    eta = _eta(settings)
+    noise = [] if eta is None else [eta if isinstance(eta, str) else f"eta{eta:g}"]
+    parts = [settings.sampler, *noise, f"g{settings.guidance_scale:g}", f"s{settings.num_inference_steps}"]
+    return "-".join(map(str, parts))
+
+
+def _eta(settings: SamplerConfig) -> float | str | None:
+    """The η of the pictures, whatever was asked: DDPM is DDIM's η of 1 (DDIM, section 4.1); the others have none."""
+    if settings.sampler == "ddpm" and settings.eta != "sigma_hat":
+        return 1.0
+    return settings.eta if settings.sampler in ("ddim", "ddpm") else None
 
 
 def _shown(axes: dict[str, Sequence[Any]], values: tuple[Any, ...]) -> str:
@@ -195,7 +204,7 @@ def _shown(axes: dict[str, Sequence[Any]], values: tuple[Any, ...]) -> str:
 
 
 def _settings(settings: SamplerConfig) -> Row:
-    return {axis: getattr(settings, key) for axis, key in _AXES.items()}
+    return {axis: getattr(settings, key) for axis, key in _AXES.items()} | {"eta": _eta(settings)}
 
 
 def _rows(todo: SweepPlan) -> list[Row]:
@@ -223,7 +232,8 @@ def _plots(rows: Sequence[Row]) -> dict[str, bytes]:
     """The distance against steps, with the floor, and against seconds, with the front; accuracy where there is one."""
     lines: dict[str, list[Row]] = {}
     for row in rows:
-        lines.setdefault(f"{row['sampler']} η={row['eta']} g={row['guidance_scale']:g}", []).append(row)
+        eta = "" if row["eta"] is None else f" η={row['eta']}"
+        lines.setdefault(f"{row['sampler']}{eta} g={row['guidance_scale']:g}", []).append(row)
     features, steps = rows[0]["features"], sorted({row["steps"] for row in rows})
     curves = {name: _columns(found, "steps", "fd", "fd_low", "fd_high") for name, found in lines.items()}
     curves["floor (held-out pictures)"] = (steps, [rows[0]["floor"]] * len(steps))

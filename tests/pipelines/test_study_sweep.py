@@ -66,9 +66,7 @@ class TestCombinations:
 
     def test_every_one_once_and_what_cannot_be_is_told(self, place: Path) -> None:
         names, left_out = self.asked(place)
-        assert names == [
-            f"{how}-g1-s{steps}" for how in ("ddim-eta0", "ddim-eta1", "dpmpp_2m-eta0") for steps in (3, 5)
-        ]
+        assert names == [f"{how}-g1-s{steps}" for how in ("ddim-eta0", "ddim-eta1", "dpmpp_2m") for steps in (3, 5)]
         assert left_out == [
             f"left out: sampler=dpmpp_2m eta=1.0 guidance_scale=1.0 steps={steps}: "
             "eta=1.0: sampler=dpmpp_2m is deterministic; leave it out"
@@ -78,11 +76,15 @@ class TestCombinations:
     def test_what_would_draw_the_same_pictures_is_drawn_once(self, place: Path) -> None:
         """A single step into the clean picture has no noise, and DPM-Solver++ begins and ends with steps of DDIM."""
         names, left_out = self.asked(place, steps="1,3", sampler="ddim,dpmpp_2m", eta="0,1")
-        assert names == ["ddim-eta0-g1-s1", "ddim-eta0-g1-s3", "ddim-eta1-g1-s3", "dpmpp_2m-eta0-g1-s3"]
+        assert names == ["ddim-eta0-g1-s1", "ddim-eta0-g1-s3", "ddim-eta1-g1-s3", "dpmpp_2m-g1-s3"]
         assert [line for line in left_out if "draws what" in line] == [
             f"left out: sampler={how} guidance_scale=1.0 steps=1: draws what ddim-eta0-g1-s1 draws"
             for how in ("ddim eta=1.0", "dpmpp_2m eta=0.0")
         ]
+
+    def test_ddpm_is_named_by_the_eta_that_it_has(self, place: Path) -> None:
+        names, _ = self.asked(place, steps="3", sampler="ddpm", eta="0,sigma_hat")
+        assert names == ["ddpm-eta1-g1-s3", "ddpm-sigma_hat-g1-s3"]
 
     def test_the_axes_of_table_1(self, place: Path) -> None:
         names, left_out = self.asked(
@@ -104,7 +106,7 @@ class TestCombinations:
         about["diffusion"] |= {"schedule": "flow", "prediction_type": "velocity"}
         write_json(str(tmp_path / "snapshot.json"), about)
         asked = config(place, tmp_path, sampler=None, eta="0", steps="2")
-        assert list(sweep.combinations(asked, read_snapshot(str(tmp_path)))[0]) == ["euler-eta0-g1-s2"]
+        assert list(sweep.combinations(asked, read_snapshot(str(tmp_path)))[0]) == ["euler-g1-s2"]
 
 
 def test_what_is_wrong_is_told_before_any_work(place: Path, tmp_path: Path) -> None:
