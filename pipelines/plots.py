@@ -31,6 +31,8 @@ _STYLE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4,
 }
+MAX_TICKS = 6
+"""Where the curves have no more places than these, each is a tick: 64, 128, 256, and not 6 x 10^1."""
 _DRAWING = threading.Lock()  # the style is a setting of the whole process
 
 Numbers: TypeAlias = Sequence[float] | npt.NDArray[Any]
@@ -57,7 +59,9 @@ def line(
                 low, high = interval
                 axes.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
 
-    return _png(draw, x_label, y_label, title, log_x, log_y, legend=len(series) > 1)
+    places = sorted({float(place) for x, *_ in series.values() for place in x})
+    ticks = places if log_x and len(places) <= MAX_TICKS else None
+    return _png(draw, x_label, y_label, title, log_x, log_y, legend=len(series) > 1, x_ticks=ticks)
 
 
 def scatter_front(
@@ -97,9 +101,19 @@ def _colours(series: Mapping[str, Any]) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(len(series))]
 
 
-def _png(draw: Any, x_label: str, y_label: str, title: str, log_x: bool, log_y: bool, legend: bool) -> bytes:
+def _png(
+    draw: Any,
+    x_label: str,
+    y_label: str,
+    title: str,
+    log_x: bool,
+    log_y: bool,
+    legend: bool,
+    x_ticks: Sequence[float] | None = None,
+) -> bytes:
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     defaults: Any = matplotlib.rcParamsDefault
     style: Any = {key: defaults[key] for key in defaults if key != "backend"} | _STYLE
@@ -110,9 +124,17 @@ def _png(draw: Any, x_label: str, y_label: str, title: str, log_x: bool, log_y: 
         axes.set(
             xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear", yscale="log" if log_y else "linear"
         )
+        for axis in (axes.xaxis,) * log_x + (axes.yaxis,) * log_y:
+            low, high = axis.get_view_interval()
+            axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+            axis.set_major_formatter("{x:g}")
+            axis.set_minor_formatter("")
+        if x_ticks is not None:
+            axes.set_xticks(x_ticks, [f"{float(f'{place:.3g}'):g}" for place in x_ticks])
+            axes.set_xticks([], minor=True)
         axes.set_title(title, loc="left", fontweight="bold")
-        if legend:
-            axes.legend()
+        if legend:  # below, where no curve is
+            figure.legend(loc="outside lower left", ncols=3)
         return _encode(figure)
 
 
