@@ -23,6 +23,10 @@ os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX",
     r"ServeController\.graceful_shutdown failed|A worker died or was killed while executing a task",
 )
+HEAD_BEGAN_ANEW = (
+    "the head of the Ray cluster has begun anew and knows nothing of this run; what was committed stays, and the same "
+    "command goes on"
+)
 
 
 @contextlib.contextmanager
@@ -49,6 +53,10 @@ def ray_session() -> Iterator[None]:
             raise RequestError(f"RAY_ADDRESS={address}: no Ray takes us there ({text})") from None
         try:
             yield
+        except ray.exceptions.RayError as error:
+            if "WrongClusterID" not in str(error):  # which Ray takes for a question of tokens
+                raise
+            raise RuntimeError(HEAD_BEGAN_ANEW) from None
         finally:
             ray.shutdown()
         return
