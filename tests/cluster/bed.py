@@ -80,7 +80,7 @@ class Bed:
     def restart_head(self) -> None:
         """SIGKILL to the GCS, which keeps nothing, and to the dashboard with its jobs; then new ones, and new nodes."""
         processes.kill(self.head.process)
-        # By it and by the other nodes' processes, which on machines of their own it would not see, `ray start` takes the
+        # By it, and by processes of the nodes, which on a machine of its own it would not see, `ray start` takes the
         # cluster for one that still runs.
         (self.folder / "ray" / "ray_current_cluster").unlink()
         self.start_head()
