@@ -115,7 +115,10 @@ def _failure(error: Exception, board: Any) -> Exception:
     """What ended the run, in one line."""
     import ray
 
-    fatal = ray.get(board.read.remote())["fatal"]
+    try:
+        fatal = ray.get(board.read.remote())["fatal"]
+    except ray.exceptions.RayError:  # it stands on this node
+        return RuntimeError("training failed: the Ray of this node is gone; the same command goes on where it stopped")
     if fatal is not None:
         wrong_request, line = fatal
         return RequestError(line) if wrong_request else RuntimeError(f"training failed: {line}")

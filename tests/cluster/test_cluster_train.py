@@ -140,4 +140,5 @@ def test_the_head_begins_anew(bed: Bed, keys: list[str], undisturbed: dict[str, 
     bed.make_whole()
     report: dict[str, Any] = bed.run(*keys, f"output={output}")
     assert_as_undisturbed(bed, output, undisturbed, report["run_id"])
-    assert said.strip().splitlines()[-1].startswith("error: ") and "Traceback" not in said, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "the same command goes on" in last and "Traceback" not in said, said
