@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from ldm.autoencoder import Autoencoder
+from ldm.digits import write_digit_shards
 from ldm.engine import StepEngine
 from ldm.latents.manifest import Conditioning
 from ldm.shards import RawSample
@@ -30,6 +31,14 @@ def vae(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vae")
     kl_model().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shards of the handwritten digits; only read."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digit_shards(folder, shards=2)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ import pytest
 
 from ldm import images
 from ldm.config import RequestError
-from ldm.digits import write_digit_shards
 from ldm.snapshot import read_snapshot
 from pipelines import serve
 from pipelines.evaluate import EvaluateConfig, EvaluateReport, evaluate
@@ -22,13 +21,6 @@ from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 HOLDOUT = 0.2
 QUICK: dict[str, Any] = {"sampler": "dpmpp_2m", "num_inference_steps": 2, "guidance_scale": 1.5, "holdout": HOLDOUT}
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digit_shards(folder, shards=2)
-    return folder
 
 
 @pytest.fixture(scope="module")

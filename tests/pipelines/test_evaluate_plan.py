@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 
 from ldm import images, shards
 from ldm.config import RequestError
-from ldm.digits import write_digit_shards
 from ldm.latents.choice import is_held_out
 from ldm.latents.manifest import Conditioning
 from ldm.latents.writer import sample_id
@@ -24,13 +23,6 @@ from tests.pictures import write_pictures
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 HOLDOUT = 0.2
-
-
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("digits")
-    write_digit_shards(folder, shards=2)
-    return folder
 
 
 @pytest.fixture(scope="module")
