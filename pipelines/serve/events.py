@@ -4,19 +4,21 @@
 {"type": "refused", "status", "detail", "retry_after"}            the only one
 {"type": "progress", "steps_done", "images_done"}
 {"type": "preview", "index", "steps_done", "data"}                data: bytes of a PNG
-{"type": "picture", "index", "data"}                              of a PNG, or of a .npy
+{"type": "picture", "index", "data"}                              of a PNG with its provenance, or of a .npy
 {"type": "done"}, or {"type": "failed", "status", "detail"}       the last one
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from ldm import images
-from ldm.job import Drawn, Event, Preview, Progress
+from ldm.job import Drawn, Event, Job, Preview, Progress
+from ldm.provenance import make_provenance, to_text
 from ldm.snapshot import Snapshot
 
 
@@ -39,23 +41,51 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def encode(events: Sequence[Event], npy: bool) -> list[dict[str, Any]]:
-    """Events as plain values: pictures as PNGs, or as .npy."""
-    told: list[dict[str, Any]] = []
-    for event in events:
-        if isinstance(event, Progress):
-            told.append({"type": "progress", "steps_done": event.steps_done, "images_done": event.images_done})
-        elif isinstance(event, Preview):
-            data = images.to_png(event.pixels.numpy())
-            told.append({"type": "preview", "index": event.index, "steps_done": event.steps_done, "data": data})
-        elif isinstance(event, Drawn):
-            data = _to_npy(event.pixels) if npy else images.to_png(event.pixels.numpy())
-            told.append({"type": "picture", "index": event.index, "data": data})
-        elif event.problem is None:
-            told.append({"type": "done"})
-        else:
-            told.append({"type": "failed", "status": 504 if event.late else 500, "detail": event.problem})
-    return told
+@dataclass(frozen=True)
+class Taken:
+    """A request that is drawn. model: its name. settings: what its pictures depend on, JSON values."""
+
+    model: str
+    snapshot: Snapshot
+    job: Job
+    settings: Mapping[str, Any]
+
+    def event(self) -> dict[str, Any]:
+        """The first one."""
+        labels = self.job.labels
+        return {
+            "type": "taken",
+            "model": self.model,
+            "step": self.snapshot.step,
+            "labels": None if labels is None else labels.tolist(),
+            "seeds": self.job.seeds.tolist(),
+            "calls": self.job.steps,
+        }
+
+    def encode(self, events: Sequence[Event], npy: bool) -> list[dict[str, Any]]:
+        """Those of the engine: pictures as PNGs, or as .npy."""
+        told: list[dict[str, Any]] = []
+        for event in events:
+            if isinstance(event, Progress):
+                told.append({"type": "progress", "steps_done": event.steps_done, "images_done": event.images_done})
+            elif isinstance(event, Preview):
+                data = images.to_png(event.pixels.numpy())
+                told.append({"type": "preview", "index": event.index, "steps_done": event.steps_done, "data": data})
+            elif isinstance(event, Drawn):
+                data = _to_npy(event.pixels) if npy else self._to_png(event)
+                told.append({"type": "picture", "index": event.index, "data": data})
+            elif event.problem is None:
+                told.append({"type": "done"})
+            else:
+                told.append({"type": "failed", "status": 504 if event.late else 500, "detail": event.problem})
+        return told
+
+    def _to_png(self, drawn: Drawn) -> bytes:
+        """With its provenance."""
+        seed = int(self.job.seeds[drawn.index])
+        label = None if self.job.labels is None else int(self.job.labels[drawn.index])
+        about = make_provenance(self.snapshot, self.settings, seed, label)
+        return images.to_png(drawn.pixels.numpy(), to_text(about))
 
 
 def _to_npy(pixels: Tensor) -> bytes:

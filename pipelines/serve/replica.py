@@ -27,7 +27,7 @@ from ldm.sharing import Refused
 from ldm.snapshot import Snapshot
 from pipelines.serve.catalog import Catalog, Version
 from pipelines.serve.config import ServeConfig
-from pipelines.serve.events import describe, encode
+from pipelines.serve.events import Taken, describe
 from pipelines.serve.requests import BulkRequest, SamplesRequest
 
 _NICE = 19
@@ -127,7 +127,7 @@ class Replica:
         began, previewed, ended = time.monotonic(), False, False
         taking = asyncio.ensure_future(asyncio.to_thread(self._take, task, emit))
         try:
-            model, job, taken = await asyncio.shield(taking)
+            engine, taken = await asyncio.shield(taking)
         except asyncio.CancelledError:
             taking.add_done_callback(_cancel_taken)
             raise
@@ -139,7 +139,7 @@ class Replica:
             yield [{"type": "refused", "status": 429, "detail": str(error), "retry_after": error.retry_after}]
             return
         try:
-            yield [taken]
+            yield [taken.event()]
             while not ended:
                 events = [await queue.get()]
                 while not queue.empty():
@@ -150,13 +150,13 @@ class Replica:
                     previewed = True
                     self.observe("first_preview_s", time.monotonic() - began)
                 ended = isinstance(events[-1], Finished)
-                yield await asyncio.to_thread(encode, [*progress, *told], task.bulk and _is_npy(task))
+                yield await asyncio.to_thread(taken.encode, [*progress, *told], task.bulk and _is_npy(task))
         finally:
             if not ended:
-                model.engine.cancel(job)
+                engine.cancel(taken.job)
                 self.observe("cancelled", 1)
 
-    def _take(self, task: Task, emit: Callable[[Event], None]) -> tuple[_Model, Job, dict[str, Any]]:
+    def _take(self, task: Task, emit: Callable[[Event], None]) -> tuple[StepEngine, Taken]:
         """Checks the request and queues it. Raises RequestError and Refused."""
         request = validate(BulkRequest if task.bulk else SamplesRequest, task.body)
         config = self.config
@@ -185,15 +185,13 @@ class Replica:
         model.engine.submit(job)
         model.used = time.monotonic()
         self._wake.set()
-        taken = {
-            "type": "taken",
-            "model": model.version.name,
-            "step": model.snapshot.step,
-            "labels": None if labels is None else labels.tolist(),
-            "seeds": seeds.tolist(),
-            "calls": job.steps,
+        settings = request.settings() | {
+            "batch_size": max(1, model.engine.capacity // job.rows),  # of an `ldm sample` with calls of as many rows
+            "precision": config.precision,
+            "compile": config.compile,
+            "device": self.device,
         }
-        return model, job, taken
+        return model.engine, Taken(model.version.name, model.snapshot, job, settings)
 
     def _model(self, name: str | None) -> _Model:
         """The model of this name, loaded where it is not. Raises RequestError and Refused."""
@@ -278,11 +276,11 @@ class Replica:
                 told = text
 
 
-def _cancel_taken(taking: "asyncio.Future[tuple[_Model, Job, dict[str, Any]]]") -> None:
+def _cancel_taken(taking: "asyncio.Future[tuple[StepEngine, Taken]]") -> None:
     """Nobody waits any more for a request that was being taken."""
     if not taking.cancelled() and taking.exception() is None:
-        model, job, _ = taking.result()
-        model.engine.cancel(job)
+        engine, taken = taking.result()
+        engine.cancel(taken.job)
 
 
 def _named(version: Version) -> str:

@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import hashlib
 import json
 from typing import Annotated, Any, Literal
 
@@ -92,6 +93,16 @@ class DrawRequest(SamplerConfig):
             raise RequestError(
                 f"size={json.dumps(self.size)}: this model draws [{height}, {width}] alone; leave it out"
             )
+
+    def settings(self) -> dict[str, Any]:
+        """What a picture depends on beside the model, its seed and its label: JSON values, for its provenance."""
+        values = self.model_dump(mode="json", include={*SamplerConfig.model_fields, "exact"}, exclude_none=True)
+        if self.seed_to is not None:
+            values |= {"seed_from": self.seed or 0, "seed_to": self.seed_to, "num_images": self.count}
+        if self.picture is not None:
+            values["picture_sha256"] = hashlib.sha256(base64.b64decode(self.picture)).hexdigest()
+            values["strength"] = self.strength or DEFAULT_STRENGTH
+        return values
 
     def part(self, first: int, count: int) -> dict[str, Any]:
         """The body of a request for `count` of the pictures from number `first`: of its lists only what it needs."""

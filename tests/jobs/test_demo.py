@@ -10,7 +10,7 @@ import yaml
 from jobs import cli
 from ldm.snapshot import read_snapshot
 
-pytestmark = [pytest.mark.ray, pytest.mark.faults]
+pytestmark = [pytest.mark.ray, pytest.mark.faults, pytest.mark.timeout(1200)]  # the whole path, and four trainings
 
 SHORTER: dict[str, dict[str, Any]] = {
     "demo-first-stage": {"epochs": 1},

@@ -2,11 +2,15 @@
 
 import asyncio
 import contextlib
+import io
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, TypeVar
 
 import httpx
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
 
 from pipelines.serve.config import ServeConfig
 from pipelines.serve.local import local_app
@@ -55,3 +59,14 @@ async def read_events(answer: httpx.Response) -> AsyncIterator[tuple[str, dict[s
             kind = line.removeprefix("event: ")
         elif line.startswith("data: "):
             yield kind, json.loads(line.removeprefix("data: "))
+
+
+def pixels(png: bytes) -> npt.NDArray[np.uint8]:
+    """uint8 (3, H, W)."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).transpose(2, 0, 1)
+
+
+def provenance(png: bytes) -> dict[str, Any]:
+    """What a picture says of itself."""
+    about: dict[str, Any] = json.loads(Image.open(io.BytesIO(png)).text["ldm"])  # type: ignore[attr-defined]
+    return about

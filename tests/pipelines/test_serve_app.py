@@ -22,10 +22,11 @@ from ldm import images
 from ldm.drawing import Blend, Edit, load_sampler
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig
+from ldm.snapshot import read_snapshot
 from pipelines.serve.gate import MAX_BODY
 from pipelines.serve.local import local_app
 from pipelines.serve.replica import Replica
-from tests.pipelines.serving import post, read_events, replica, within
+from tests.pipelines.serving import pixels, post, provenance, read_events, replica, within
 from tests.pipelines.tiny_snapshot import NAMES, write_tiny_snapshot
 
 SETTINGS = {"num_inference_steps": 3, "eta": 0.5, "guidance_scale": 2.0}
@@ -57,6 +58,11 @@ def pngs(answer: httpx.Response) -> list[bytes]:
     return [base64.b64decode(picture["png"]) for picture in answer.raise_for_status().json()["images"]]
 
 
+def drawn(answer: httpx.Response) -> npt.NDArray[np.uint8]:
+    """uint8 (N, 3, H, W)."""
+    return np.stack([pixels(png) for png in pngs(answer)])
+
+
 class TestPictures:
     def test_json_names_what_makes_a_picture_again(self, served: Replica, snapshot: str) -> None:
         answer = post(served, {**SETTINGS, "labels": ["two", 7], "seed": 10, "num_images": 3, "exact": True})
@@ -64,14 +70,36 @@ class TestPictures:
         assert (body["status"], body["model"], body["step"]) == ("done", "snapshot", 30)
         assert [(p["index"], p["seed"], p["label"]) for p in body["images"]] == [(0, 10, 2), (1, 11, 7), (2, 12, 2)]
         expected = offline(snapshot, [2, 7, 2], [10, 11, 12])
-        assert pngs(answer) == [images.to_png(picture) for picture in expected]
+        assert np.array_equal(drawn(answer), expected)
 
     def test_png_is_one_picture(self, served: Replica, snapshot: str) -> None:
         body = {**SETTINGS, "labels": [4], "seeds": [5], "response_format": "png", "exact": True}
         answer = post(served, body).raise_for_status()
         assert answer.headers["content-type"] == "image/png"
         assert answer.headers["x-model-step"] == "30"
-        assert answer.content == images.to_png(offline(snapshot, [4], [5])[0])
+        assert np.array_equal(pixels(answer.content), offline(snapshot, [4], [5])[0])
+
+    def test_a_png_names_what_draws_it_again(self, served: Replica, snapshot: str) -> None:
+        (png,) = pngs(post(served, {**SETTINGS, "labels": ["two"], "seed": 10, "spacing": "trailing", "exact": True}))
+        about = provenance(png)
+        values = {**about["settings"]}
+        rows = {key: values.pop(key) for key in ("exact", "batch_size", "precision", "compile", "device")}
+        assert rows == {"exact": True, "batch_size": ROWS // 2, "precision": "fp32", "compile": False, "device": "cpu"}
+        of = read_snapshot(snapshot)
+        assert (about["weights_sha256"], about["step"]) == (of.weights_sha256, of.step)
+        sampler = load_sampler(snapshot, rows["batch_size"], rows["device"])
+        label, seed = torch.tensor([about["label"]]), torch.tensor([about["seed"]])
+        assert np.array_equal(pixels(png), sampler.draw(label, seed, SamplerConfig(**values))[0].numpy())
+
+    def test_a_png_of_a_walk_names_its_ends_and_one_of_a_picture_that(self, served: Replica) -> None:
+        walk = pngs(post(served, {"seed": 3, "seed_to": 8, "num_images": 2, "num_inference_steps": 2}))
+        settings = provenance(walk[1])["settings"]
+        assert (settings["seed_from"], settings["seed_to"], settings["num_images"]) == (3, 8, 2)
+        given = images.to_png(np.zeros((3, 32, 32), np.uint8))
+        body = {"picture": base64.b64encode(given).decode(), "num_inference_steps": 2}
+        settings = provenance(pngs(post(served, body))[0])["settings"]
+        assert settings["picture_sha256"] == hashlib.sha256(given).hexdigest()
+        assert settings["strength"] == 0.6
 
     def test_urls_are_links_to_the_same_bytes(self, served: Replica) -> None:
         async def ask(client: httpx.AsyncClient) -> None:
@@ -100,14 +128,14 @@ class TestPictures:
         body = {"seed": 3, "seed_to": 8, "num_images": 5, "labels": [1], "num_inference_steps": 3, "exact": True}
         blend = Blend(torch.full((5,), 3), torch.full((5,), 8), torch.arange(5) / 4)
         expected = offline(snapshot, [1] * 5, [3] * 5, blend, eta=0, guidance_scale=1)
-        assert pngs(post(served, body)) == [images.to_png(picture) for picture in expected]
+        assert np.array_equal(drawn(post(served, body)), expected)
 
     def test_image_to_image_starts_from_the_picture(self, served: Replica, snapshot: str) -> None:
-        pixels = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
-        picture = base64.b64encode(images.to_png(pixels)).decode()
+        given = np.random.default_rng(0).integers(0, 256, (3, 32, 32), dtype=np.uint8)
+        picture = base64.b64encode(images.to_png(given)).decode()
         body = {**SETTINGS, "picture": picture, "strength": 0.7, "labels": [1], "seeds": [5], "exact": True}
-        expected = offline(snapshot, [1], [5], Edit(torch.from_numpy(pixels)[None], 0.7))
-        assert pngs(post(served, body)) == [images.to_png(expected[0])]
+        expected = offline(snapshot, [1], [5], Edit(torch.from_numpy(given)[None], 0.7))
+        assert np.array_equal(drawn(post(served, body)), expected)
 
     def test_bulk_is_a_tar_in_order_with_the_offline_bytes(self, served: Replica, snapshot: str) -> None:
         body = {**SETTINGS, "num_images": 150, "seed": 7, "response_format": "npy"}  # three parts
@@ -116,14 +144,15 @@ class TestPictures:
             members = [(m.name, np.load(io.BytesIO(tar.extractfile(m).read()))) for m in tar]  # type: ignore[union-attr]
         assert [name for name, _ in members] == [f"{i:08d}.npy" for i in range(150)]
         expected = offline(snapshot, [i % 10 for i in range(150)], list(range(7, 157)))
-        assert np.array_equal(np.stack([pixels for _, pixels in members]), expected)
+        assert np.array_equal(np.stack([member for _, member in members]), expected)
 
     def test_bulk_takes_labels_and_seeds_of_each_picture(self, served: Replica, snapshot: str) -> None:
         seeds, labels = [(7 * i) % 1000 for i in range(70)], [(3 * i) % 10 for i in range(70)]
         answer = post(served, {**SETTINGS, "seeds": seeds, "labels": labels}, "/v1/bulk").raise_for_status()
         with tarfile.open(fileobj=io.BytesIO(answer.content)) as tar:
             found = [tar.extractfile(member).read() for member in tar]  # type: ignore[union-attr]
-        assert found == [images.to_png(picture) for picture in offline(snapshot, labels, seeds)]
+        assert np.array_equal(np.stack([pixels(png) for png in found]), offline(snapshot, labels, seeds))
+        assert [provenance(png)["seed"] for png in found] == seeds
 
     def test_an_unconditional_model_takes_no_label_and_no_guidance(self, tmp_path: Path) -> None:
         with replica(write_tiny_snapshot(tmp_path / "plain", Conditioning())) as made:
