@@ -5,7 +5,7 @@ The name of an input shard is the name of its output, so it depends on nothing b
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby, islice
@@ -46,7 +46,16 @@ def find_shards(source: str | Sequence[str]) -> tuple[dict[str, InputShard], tup
     """
     # Not asked of a pattern: who may not list a bucket is refused for the key that is its text.
     if isinstance(source, str) and source.strip() and not _PATTERN.search(source) and storage.is_directory(source):
-        return _folder_shards(storage.absolute(source))
+        folder = storage.absolute(source)
+        files = storage.list_tree(folder)
+        tars = sorted(name for name in files if name.endswith(".tar") and "/" not in name)
+        if not tars:
+            return _folder_shards(folder, files)
+        if any(_extension(name) in PICTURE_EXTENSIONS for name in files):
+            raise RequestError(
+                f"source={source}: holds tars and pictures; give {source.rstrip('/')}/*.tar, or move one"
+            )
+        source = [storage.join(folder, name) for name in tars]
     shards: dict[str, InputShard] = {}
     for file in storage.find(source):
         name = storage.name(file.url)
@@ -71,9 +80,11 @@ def reader_of(url: str, name: str) -> "ShardReader | FolderReader":
     return shards[name].reader()
 
 
-def _folder_shards(url: str) -> tuple[dict[str, InputShard], tuple[str, ...]]:
-    """A folder of pictures: the first sub-folder is the class; runs of samples in the order of their names."""
-    found = storage.list_tree(url)
+def _folder_shards(url: str, found: Mapping[str, tuple[int, str]]) -> tuple[dict[str, InputShard], tuple[str, ...]]:
+    """A folder of pictures: the first sub-folder is the class; runs of samples in the order of their names.
+
+    found: its files, as `storage.list_tree` gives them.
+    """
     files = [name for name in found if _extension(name) in _MEMBERS and not storage.name(name).startswith(".")]
     files.sort(key=lambda name: (_folder(name), _stem(name), name))  # so that folders and samples are runs
     if not any(_extension(name) in PICTURE_EXTENSIONS for name in files):

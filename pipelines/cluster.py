@@ -73,15 +73,18 @@ def ray_session() -> Iterator[None]:
 
 
 def resources_per_worker(
-    num_workers: int, device: str, num_gpus: float = 1.0, key: str = "num_workers"
+    num_workers: int,
+    device: str,
+    num_gpus: float = 1.0,
+    key: str = "num_workers",
+    nodes: Sequence[Mapping[str, float]] | None = None,
 ) -> tuple[dict[str, float], int]:
     """(Ray resources of one worker, its CPU threads): `num_gpus` each, or an equal share of the CPU cores.
 
-    Raises RequestError, which names `key`, where the cluster has not so many GPUs, or no CPU.
+    nodes: their resources; None: those of the cluster. Raises RequestError, which names `key`, where they have not so
+    many GPUs, or no CPU.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = list(live_nodes().values()) if nodes is None else nodes
     cpus = [int(node.get("CPU", 0)) for node in nodes]  # a head without work has none
     check_room(num_workers, device, nodes, num_gpus, key)
     share = cpu_share(cpus, num_workers)
@@ -163,11 +166,6 @@ def draining_nodes() -> dict[str, int]:
     from ray._private.state import state
 
     return dict(state.get_draining_nodes())
-
-
-def pairs_of_cores() -> int:
-    """Workers of two CPU cores each that the cluster has room for; at least one."""
-    return max(1, places({"CPU": 2.0}))
 
 
 def places(resources: Mapping[str, float], nodes: Iterable[Mapping[str, float]] | None = None) -> int:

@@ -22,7 +22,7 @@ class EncodeConfig(Config):
 
     source: Location | tuple[Location, ...] = Field(
         description="image shards (WebDataset tars): path, URL, glob, comma set or brace range; a .txt of them; "
-        "or one folder of pictures (class = sub-folder)"
+        "a folder of tars, or one of pictures (class = sub-folder)"
     )
     destination: Location = Field(description="directory or URL of the latent dataset")
     autoencoder: Location = Field(

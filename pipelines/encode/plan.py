@@ -1,17 +1,18 @@
 """What a run of encode will do, checked as a whole before any work and without Ray."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from ldm import shards, storage
 from ldm.autoencoder import Autoencoder, load_autoencoder
-from ldm.config import RequestError
+from ldm.config import RequestError, differences
 from ldm.latents.manifest import check_fingerprint, make_fingerprint, read_manifest, read_receipts
 from ldm.latents.receipt import ShardReceipt
 from ldm.latents.writer import estimate_bytes, quarantine_url
 from ldm.sources import InputShard, find_shards
+from pipelines import cluster
 from pipelines.encode.config import BATCHES_IN_FLIGHT, EncodeConfig
 
 _BATCH_BYTES = (1 << 30) // BATCHES_IN_FLIGHT
@@ -69,6 +70,7 @@ def plan(config: EncodeConfig) -> EncodePlan:
     fingerprint = make_fingerprint(autoencoder, pictures, config.store, config.precision)
     if storage.exists(mark_url(config.destination)):
         check_fingerprint(config.destination, storage.read_json(mark_url(config.destination)), fingerprint)
+    check_reading(config)
     found, folders = find_shards(config.source)
     found = dict(islice(found.items(), config.max_shards))
     receipts = read_receipts(config.destination)
@@ -93,6 +95,51 @@ def plan(config: EncodeConfig) -> EncodePlan:
         key = f"class_names={config.class_names}" if config.class_names else f"source={config.source}"
         raise RequestError(f"{key}: gives {len(names)} names, but labels go up to {highest} already; name all")
     return EncodePlan(found, tuple(tasks), receipts, needed, names, autoencoder, fingerprint)
+
+
+def check_cluster(config: EncodeConfig) -> None:
+    """Raises RequestError where the cluster takes nobody, or no node of it has what an encoder needs."""
+    if (nodes := cluster.known_nodes()) is None:
+        with cluster.ray_session():
+            nodes = list(cluster.live_nodes().values())
+    encoder_size(config, nodes)
+
+
+def encoder_size(config: EncodeConfig, nodes: Sequence[Mapping[str, float]]) -> tuple[str, dict[str, float], int]:
+    """(device, Ray resources, CPU threads) of one encoder. nodes: their resources.
+
+    Raises RequestError where no node has them.
+    """
+    if (device := cluster.choose_device(config.device, nodes)) == "cuda":
+        resources, threads = {"CPU": 1.0, "GPU": config.gpus_per_worker}, 4
+    else:
+        pairs_of_cores = max(1, cluster.places({"CPU": 2.0}, nodes))
+        resources, threads = cluster.resources_per_worker(config.num_workers or pairs_of_cores, device, nodes=nodes)
+    if not cluster.places(resources, nodes):
+        wanted = " and ".join(f"{amount:g} {name}" for name, amount in resources.items())
+        raise RequestError(f"device={device}: no node of the cluster has {wanted} for an encoder; add one")
+    return device, resources, threads
+
+
+def reading(config: EncodeConfig) -> dict[str, Any]:
+    """What is taken of a sample beside its pixels: no latent depends on it, but all shards are to agree."""
+    return config.model_dump(mode="json", include={"label", "caption", "keep_json", "min_size"})
+
+
+def reading_url(destination: str) -> str:
+    """The file that keeps `reading` for the runs that follow."""
+    return storage.join(destination, "reading.json")
+
+
+def check_reading(config: EncodeConfig) -> None:
+    """Raises RequestError where shards of this destination were read in another way; older ones do not say."""
+    if not storage.exists(url := reading_url(config.destination)):
+        return
+    if lines := differences(storage.read_json(url), reading(config)):
+        raise RequestError(
+            f"destination={config.destination}: holds shards that were read in another way ({'; '.join(lines)}); give "
+            "another destination, or these keys as they were; `ldm convert` makes other labels, captions and columns"
+        )
 
 
 def _check_sizes(config: EncodeConfig, factor: int) -> None:

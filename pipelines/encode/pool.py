@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from ldm.config import RequestError
 from ldm.latents.receipt import receipt_name
 from ldm.shards import clean
 from pipelines import cluster
 from pipelines.encode.config import EncodeConfig
-from pipelines.encode.plan import Task
+from pipelines.encode.plan import Task, encoder_size
 from pipelines.encode.worker import ShardEncoder, ShardResult, shards_at_once
 from pipelines.progress import say
 
@@ -93,15 +92,7 @@ class EncoderPool:
 
     def _size_actors(self) -> None:
         """How large one actor is: it stays so while the cluster grows."""
-        self.device = cluster.resolve_device(self.config.device)
-        if self.device == "cuda":
-            self.resources, self.threads = {"CPU": 1.0, "GPU": self.config.gpus_per_worker}, 4
-        else:
-            num_workers = self.config.num_workers or cluster.pairs_of_cores()
-            self.resources, self.threads = cluster.resources_per_worker(num_workers, self.device)
-        if not cluster.places(self.resources):
-            wanted = " and ".join(f"{amount:g} {name}" for name, amount in self.resources.items())
-            raise RequestError(f"device={self.device}: no node of the cluster has {wanted} for an encoder; add one")
+        self.device, self.resources, self.threads = encoder_size(self.config, list(cluster.live_nodes().values()))
 
     def _start_actors(self) -> None:
         """As many as were asked for or the cluster has room for, and not more than there are shards for."""

@@ -21,7 +21,7 @@ from ldm.latents.receipt import Accounting, ShardReceipt, account, names_in, rec
 from ldm.latents.writer import quarantine_url
 from pipelines import cluster, lineage
 from pipelines.encode.config import EncodeConfig
-from pipelines.encode.plan import EncodePlan, mark_url, plan
+from pipelines.encode.plan import EncodePlan, check_cluster, check_reading, mark_url, plan, reading, reading_url
 from pipelines.encode.pool import EncoderPool, SetAside
 from pipelines.encode.worker import ShardResult
 from pipelines.progress import Progress, say
@@ -56,9 +56,11 @@ def encode(config: EncodeConfig) -> EncodeReport:
     todo = plan(config)
     # On a cluster that was started elsewhere the workers stand in another folder.
     config = config.model_copy(update={"destination": storage.absolute(config.destination)})
-    _claim(config.destination, todo)
+    if todo.tasks:
+        check_cluster(config)  # before anything is written
     name, folder = f"encode/{storage.name(config.destination)}", storage.join(config.destination, "tracking")
     with Tracker(config.tracking, name, config, folder=folder) as tracker:
+        _claim(config, todo)
         tracker.dataset(lineage.image_dataset(todo.sizes), "source")
         work = _Work(config, todo, tracker)
         if todo.tasks:
@@ -206,11 +208,14 @@ def _show(manifest: Manifest, autoencoder: Autoencoder, tracker: Tracker) -> Non
         tracker.log({"data/preview_psnr": shown.mean_psnr}, manifest.accounting.encoded)
 
 
-def _claim(destination: str, todo: EncodePlan) -> None:
-    """Marks the destination as made in this way, before anything is written to it. Raises RequestError."""
+def _claim(config: EncodeConfig, todo: EncodePlan) -> None:
+    """Marks the destination as made in this way, before any latent is written to it. Raises RequestError."""
+    destination = config.destination
     storage.create(mark_url(destination), storage.to_json(todo.fingerprint))
     # Another run may have come first.
     check_fingerprint(destination, storage.read_json(mark_url(destination)), todo.fingerprint)
+    storage.create(reading_url(destination), storage.to_json(reading(config)))
+    check_reading(config)
     _sweep(destination)
     place = storage.join(destination, "autoencoder")
     if not storage.exists(storage.join(place, "config.json")):  # which is written last

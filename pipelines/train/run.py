@@ -129,6 +129,9 @@ def train(config: TrainConfig) -> TrainReport:
             with _tracker(config, report.run_id):
                 pass  # which sends what MLflow has not heard yet
         return report
+    if cluster.known_nodes() is None:  # asked before the claim, which ends a run that works on this output
+        with cluster.ray_session():
+            check_cluster(config)
     # Another trajectory, whose points would meet those of the one that is left, has a run of its own.
     run_id = todo.record.run_id if todo.record and not todo.goes_back else None
     with Claim(config.output) as claim, _tracker(config, run_id) as tracker, cluster.ray_session():

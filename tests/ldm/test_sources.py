@@ -106,6 +106,17 @@ def test_samples_of_a_folder_are_those_of_their_names(tmp_path):
     }
 
 
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_a_folder_of_tars_is_its_tars(tmp_path, slash):
+    for name in ("b", "a"):
+        image_shard(tmp_path / f"{name}.tar", samples(1))
+    (tmp_path / "classes.json").write_text("[]")
+    assert find_shards(f"{tmp_path}{slash}") == find_shards(f"{tmp_path}/*.tar")
+    (tmp_path / "c.png").write_bytes(encoded(picture(0, 8, 8)))
+    with pytest.raises(RequestError, match=rf"^source={tmp_path}{slash}: holds tars and pictures; give {tmp_path}/\*"):
+        find_shards(f"{tmp_path}{slash}")
+
+
 def test_what_is_no_source(tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(RequestError, match=r"bare: is a folder without pictures and without tars; give one that"):

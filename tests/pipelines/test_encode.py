@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from itertools import islice
@@ -81,6 +83,7 @@ def test_nothing_but_the_data_set_is_left(whole):
         "manifest.json",
         "quarantine/train-00001.jsonl",
         "fingerprint.json",
+        "reading.json",
         "autoencoder/config.json",
         "autoencoder/diffusion_pytorch_model.safetensors",
     }
@@ -243,6 +246,53 @@ def test_another_way_of_making_is_refused_with_what_differs(whole, source, vae, 
     assert message.startswith(f"destination={whole[0]}: holds latents made in another way (") and "\n" not in message
     assert difference in message and message.count("!=") == 1
     assert tree(whole[0]) == before
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    ("changes", "difference"),
+    [
+        ({"label": "json.class"}, "label: cls != json.class"),
+        ({"caption": "json.title"}, "caption: txt != json.title"),
+        ({"keep_json": ("score",)}, "keep_json: [] != ['score']"),
+        ({"min_size": 8}, "min_size: 0 != 8"),
+    ],
+)
+def test_shards_of_one_destination_are_read_alike(whole, source, vae, changes, difference):
+    """Also by `ldm run`, which would say that what is asked for is there."""
+    before, asked = tree(whole[0]), config(source, whole[0], vae, **changes)
+    for ask in (encode, run.finished):
+        with pytest.raises(RequestError) as caught:
+            ask(asked)
+        message = f"destination={whole[0]}: holds shards that were read in another way ({difference}); give another"
+        assert str(caught.value).startswith(message)
+    assert tree(whole[0]) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "environment", "message"),
+    [
+        ({"device": "cuda"}, {}, "device=cuda: the cluster has no GPU; give device=cpu or device=auto"),
+        (
+            {},
+            {"RAY_ADDRESS": "http://127.0.0.1:8265"},
+            "RAY_ADDRESS=http://127.0.0.1:8265: is a dashboard; give HEAD:6379, or use `ldm submit`",
+        ),
+        ({"tracking.uri": "http://127.0.0.1:9"}, {}, "tracking.uri=http://127.0.0.1:9: cannot be written to"),
+    ],
+)
+def test_what_cannot_begin_claims_no_destination(source, vae, tmp_path, changes, environment, message):
+    """In a process of its own, where no Ray runs yet."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    values = {"source": source, "destination": tmp_path / "latents", "autoencoder": vae, "image_size": SIZE, **changes}
+    command = [sys.executable, "-m", "jobs.cli", "encode", *(f"{key}={value}" for key, value in values.items())]
+    if "tracking.uri" not in changes:
+        command.append("tracking.enabled=false")
+    own = {**os.environ, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", **environment}
+    done = subprocess.run(command, env=own, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}"), done.stderr
+    assert not (tmp_path / "latents").exists() or not contents(tmp_path / "latents")
 
 
 @pytest.mark.ray

@@ -91,6 +91,21 @@ def test_what_a_cluster_has_is_known_where_ray_would_be_started_here(
     assert done.returncode == 0 and "1 worker, ZeRO-2" in done.stdout, done.stderr
 
 
+def test_a_command_that_no_cluster_takes_ends_no_other(latents: str, tmp_path: Path) -> None:
+    """The claim on an output is what another `ldm train` that works there would end for."""
+    owner = tmp_path / "run" / "owner.json"
+    owner.parent.mkdir()
+    owner.write_text("{}")
+    values = {"latents": latents, "output": owner.parent, "max_steps": 1, "validation.grid": 0}
+    command = [sys.executable, "-m", "jobs.cli", "train", *(f"{key}={value}" for key, value in values.items())]
+    environment = {**os.environ, "RAY_ADDRESS": "http://127.0.0.1:8265"}
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=root, timeout=120)
+    said = "error: RAY_ADDRESS=http://127.0.0.1:8265: is a dashboard; give HEAD:6379, or use `ldm submit`\n"
+    assert (done.returncode, done.stderr) == (2, said)
+    assert [file.name for file in owner.parent.iterdir()] == ["owner.json"] and owner.read_text() == "{}"
+
+
 @pytest.mark.ray
 def test_a_run_that_goes_on_needs_room_for_what_is_missing_only(
     latents: str, uninterrupted: Run, tmp_path: Path
