@@ -100,7 +100,8 @@ def stage_module(verb: str) -> ModuleType:
     or FORMS, where a key among the arguments chooses the configuration: {key: (StageConfig, POSITIONAL)}; or KINDS,
     where their first word does: {word: StageConfig}; or SWITCHES, options that stand for another configuration:
     {name: StageConfig}. A stage that can tell has finished(config) -> its report where nothing is left to do, else
-    None, and conclude(config) where it is to be told then all the same.
+    None, and conclude(config) where it is to be told then all the same; and check(config), which raises RequestError
+    for what is wrong whatever other stages give it, and wherever it runs.
     """
     if verb not in STAGES:
         near = difflib.get_close_matches(verb, [*STAGES, *COMMANDS], n=1)

@@ -17,7 +17,9 @@ from ldm.config import Config, RequestError, fields
 
 PACKAGES = ("ldm", "pipelines", "jobs")
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*")
-_SIGNED = re.compile(r"[?&](x-amz-signature|x-amz-credential|signature|sig|token|access_token|password)=", re.I)
+_SIGNED = re.compile(
+    r"[?&](x-(?:amz|goog)-(?:signature|credential|security-token)|signature|sig|token|access_token|password)=", re.I
+)
 
 
 def resolve(config: Config) -> Config:

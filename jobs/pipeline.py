@@ -10,7 +10,12 @@ import yaml
 from jobs import cli
 from jobs.submit import check_submittable
 from ldm.config import Config, RequestError, load_yaml
+from ldm.features import check_extractor
 from ldm.sources import find_shards
+from pipelines.evaluate import networks
+from pipelines.train import TrainConfig
+from pipelines.train.record import read_record
+from pipelines.train.resume import choose_checkpoint
 from pipelines.train.snapshots import snapshot_url
 
 CONFIG = "config"
@@ -56,7 +61,10 @@ class Pipeline:
         named = step.values.get(CONFIG)
         arguments = [*step.words, *(["--config", str(named)] if named is not None else [])]
         try:
-            return _parse(step, arguments, values, self.given)
+            config = _parse(step, arguments, values, self.given)
+            if (check := getattr(cli.stage_module(step.verb), "check", None)) is not None:
+                check(config)
+            return config
         except RequestError as error:
             raise RequestError(f"{self.name}: {step.title}: {error}") from None
 
@@ -82,6 +90,10 @@ def read_pipeline(path: Path) -> Pipeline:
             check_submittable(title.split()[0])
         except RequestError as error:
             raise RequestError(f"{path}: {error}") from None
+        if option := next(
+            (word for word in title.split() if word in ("-h", "--help", "--dry-run", "--print-config")), None
+        ):
+            raise RequestError(f"{path}: {title}: {option} runs nothing; leave it out")
         if not isinstance(keys, dict | None):
             raise RequestError(f"{path}: {title}: holds a {type(keys).__name__}, expected a mapping of keys to values")
         if written.count(title) > 1:
@@ -90,17 +102,28 @@ def read_pipeline(path: Path) -> Pipeline:
 
 
 def check_inputs(pipeline: Pipeline, configs: Sequence[Config]) -> None:
-    """Raises RequestError for image shards that are not there: a late step must not fail for them after days."""
+    """Raises RequestError for image shards or networks that are not there, and for an output that holds another run: a
+    late step must not fail for them after days."""
     for step, config in zip(pipeline.steps, configs, strict=True):
-        for key in ("source", "reference"):
-            value = getattr(config, key, None)
-            if value is None or (isinstance(value, str) and value.endswith(".safetensors")):
-                continue
-            try:
-                find_shards(value)
-            except RequestError as error:
-                text = str(error).replace("source=", f"{key}=", 1)
-                raise RequestError(f"{pipeline.name}: {step.title}: {text}") from None
+        try:
+            _check_inputs(config)
+        except RequestError as error:
+            raise RequestError(f"{pipeline.name}: {step.title}: {error}") from None
+
+
+def _check_inputs(config: Config) -> None:
+    for key in ("source", "reference"):
+        value = getattr(config, key, None)
+        if value is None or (isinstance(value, str) and value.endswith(".safetensors")):
+            continue
+        try:
+            find_shards(value)
+        except RequestError as error:
+            raise RequestError(str(error).replace("source=", f"{key}=", 1)) from None
+    if (features := getattr(config, "features", None)) not in (None, networks.CLASSIFIER, networks.VAE):
+        check_extractor(features)
+    if isinstance(config, TrainConfig):
+        read_record(config, choose_checkpoint(config.output, config.resume_from))
 
 
 def _parse(step: Step, arguments: list[str], values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:

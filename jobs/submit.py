@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str]) -> int:
         raise RequestError("--address: missing; give --address http://HEAD:8265, or set RAY_ADDRESS")
     job = Job(options.stage, config, cli.words(stage_options), options.name, options.python)
     cluster, job_id = submit(options.address, job)
+    say(how_to_follow(job_id, options.address))
     if options.no_wait:
-        say(how_to_follow(job_id, options.address))
         return cli.DONE
     try:
         code, report = follow(cluster.client, job_id, options.address)
@@ -158,7 +159,7 @@ def _send(
 ) -> None:
     from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE
 
-    python = job.python or (sys.executable if _is_this_machine(cluster.address) else "python3")
+    python = job.python or (shlex.quote(sys.executable) if _is_this_machine(cluster.address) else "python3")
     options = [entry.UNLESS_DONE] if job.unless_done else []
     command = [python, "-m", "jobs.entry", *options, job.verb, *job.words, "--config", "config.yaml", "--json"]
     where = cluster.place(job.verb, config)

@@ -6,12 +6,12 @@ from jobs.cli import main
 from ldm.config import Config
 from pipelines.progress import counted
 from pipelines.train import TrainConfig as StageConfig
-from pipelines.train import finished, plan
+from pipelines.train import check, finished, plan
 from pipelines.train import train as run
 from pipelines.train.estimate import Estimate, estimate
 from pipelines.train.run import describe_samples
 
-__all__ = ["StageConfig", "conclude", "dry_run", "finished", "run"]
+__all__ = ["StageConfig", "check", "conclude", "dry_run", "finished", "run"]
 
 conclude = run
 """A run that is finished notes what is excluded now, and sends what MLflow has not heard; it starts no worker."""

@@ -5,6 +5,6 @@ DeepSpeed; ema.py and checkpoint.py keep the average and the state.
 """
 
 from pipelines.train.config import EmaConfig, TrainConfig
-from pipelines.train.run import TrainReport, finished, plan, train
+from pipelines.train.run import TrainReport, check, finished, plan, train
 
-__all__ = ["EmaConfig", "TrainConfig", "TrainReport", "finished", "plan", "train"]
+__all__ = ["EmaConfig", "TrainConfig", "TrainReport", "check", "finished", "plan", "train"]

@@ -31,7 +31,7 @@ from pipelines.train.record import (
 from pipelines.train.resume import ask_to_go_back, choose_checkpoint
 from pipelines.train.schedule import check_schedule
 from pipelines.train.snapshots import is_there, snapshot_url
-from pipelines.train.space import check_space
+from pipelines.train.space import check_kept, check_space
 from pipelines.train.validation import check_validation
 from pipelines.train.workers import check_cluster, possible_worlds, run_workers
 
@@ -82,21 +82,27 @@ class TrainPlan:
         return fingerprint_hash(self.dataset.manifest.fingerprint)
 
 
+def check(config: TrainConfig) -> None:
+    """Raises RequestError for what is wrong whatever the latents are, and wherever it runs."""
+    world = possible_worlds(config)[0]
+    check_schedule(config)
+    check_kept(config)
+    engine_settings(config, 1, world)
+
+
 def plan(config: TrainConfig) -> TrainPlan:
     """Checks the whole request without starting a worker. Raises RequestError."""
+    check(config)
     storage.check_writable("output", config.output)
     checkpoint = choose_checkpoint(config.output, config.resume_from)
     record = read_record(config, checkpoint)
     batches_read = read_progress(checkpoint)["batches_read"] if checkpoint and record else 0
     exclusions = exclusions_asked(config, record, batches_read)
     dataset = open_latents(config, record.generations if record else None, exclusions)
-    world = possible_worlds(config)[0]
     check_cluster(config)
-    check_schedule(config)
     check_validation(config, dataset)
     if config.holdout > 0 and config.validation.images > 0:
         open_holdout(config, record.generations if record else None, exclusions)
-    engine_settings(config, 1, world)
     if record is None:
         check_unused(config.diffusion)
     denoiser = meta_denoiser(config, dataset)

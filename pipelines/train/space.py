@@ -14,9 +14,8 @@ _SNAPSHOT = _FP32  # bytes for each parameter: an average
 def check_space(config: TrainConfig, parameters: int, checkpoint: str | None) -> int:
     """Bytes that the rest of the run adds to `output` at most, going on from `checkpoint`.
 
-    Raises RequestError where a local disk has less, or `keep_every` would keep others than it says.
+    Raises RequestError where a local disk has less.
     """
-    _check_kept(config)
     steps = committed_steps(config.output)
     # Not those that a run which goes back leaves behind.
     before = [step for step in steps if checkpoint and checkpoint_url(config.output, step) <= checkpoint]
@@ -26,7 +25,8 @@ def check_space(config: TrainConfig, parameters: int, checkpoint: str | None) ->
     return needed
 
 
-def _check_kept(config: TrainConfig) -> None:
+def check_kept(config: TrainConfig) -> None:
+    """Raises RequestError where `keep_every` would keep other checkpoints than it says."""
     every, kept = config.checkpoint_every, config.keep_every
     if kept is not None and kept % every:
         raise RequestError(

@@ -99,6 +99,16 @@ def test_what_is_there_and_fits_is_not_done_again(
         ("train", "max_steps", -1, "pipeline.yaml: train: max_steps=-1: input should be greater than 0"),
         ("evaluate", "reference", "none.tar", "pipeline.yaml: evaluate: reference=none.tar: does not exist"),
         ("evaluate", "config", "demo-evalute", "did you mean 'demo-evaluate'?"),
+        ("evaluate", "features", "none.pt", "pipeline.yaml: evaluate: features=none.pt: is not there; give the path"),
+        (
+            "train",
+            "num_workers",
+            3,
+            "pipeline.yaml: train: global_batch_size=32: num_workers=3 does not divide it; give 33",
+        ),
+        ("train", "learning_rate_schedule", "cosine", "pipeline.yaml: train: learning_rate_images=null: a cosine sche"),
+        ("train", "keep_every", 3, "pipeline.yaml: train: keep_every=3: is no multiple of checkpoint_every="),
+        ("train", "deepspeed", {"train_batch_size": 3}, "pipeline.yaml: train: deepspeed.train_batch_size"),
     ],
 )
 def test_a_mistake_in_a_late_step_is_said_before_the_first_begins(
@@ -124,6 +134,7 @@ def test_a_mistake_in_a_late_step_is_said_before_the_first_begins(
         ("serve: {port: 1}\n", "p.yaml: 'serve': cannot be submitted; give one of encode, verify, train"),
         ("train: 3\n", "p.yaml: train: holds a int, expected a mapping of keys to values"),
         ("train: {output: o}\n", "p.yaml: train: latents: missing; give latents=VALUE"),
+        ("train --dry-run: {}\n", "p.yaml: train --dry-run: --dry-run runs nothing; leave it out"),
         ("", "p.yaml: holds no step; give stages with their keys, such as encode, train and evaluate"),
         ("- encode\n", "config=p.yaml: holds a list, expected a mapping of keys"),
     ],

@@ -175,7 +175,7 @@ def test_ctrl_c_is_never_lost_in_what_is_awaited() -> None:
                 await asyncio.sleep(60)
             yield ""
 
-        def get_job_status(self, job_id: str) -> None:
+        def get_job_info(self, job_id: str) -> None:
             pytest.fail("the job is followed after Ctrl-C")
 
     before = signal.getsignal(signal.SIGINT)
