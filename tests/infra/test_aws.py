@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 
-from tests.infra.deployed import INFRA, base_objects, pods
+from tests.infra.deployed import INFRA, KUBERNETES, base_objects, pods
 
 CLUSTER = INFRA / "aws" / "cluster.yaml"
 
@@ -105,3 +106,13 @@ def test_the_gpu_nodes_take_the_pods_that_want_them() -> None:
         assert pod["nodeSelector"]["karpenter.sh/capacity-type"] in offered["karpenter.sh/capacity-type"]
         tolerated = {(each["key"], each["effect"]) for each in pod["tolerations"]}
         assert {(taint["key"], taint["effect"]) for taint in template["taints"]} <= tolerated
+
+
+def test_a_disk_is_made_for_postgresql() -> None:
+    """A claim that names no class gets the default one, and Auto Mode makes disks for its own provisioner alone."""
+    made = yaml.safe_load((INFRA / "aws" / "storageclass.yaml").read_text())
+    kubernetes_validate.validate(made, KUBERNETES, strict=True)
+    assert made["provisioner"] == "ebs.csi.eks.amazonaws.com" and made["parameters"]["encrypted"] == "true"
+    assert made["metadata"]["annotations"] == {"storageclass.kubernetes.io/is-default-class": "true"}
+    claims = [claim for each in base_objects() for claim in each.get("spec", {}).get("volumeClaimTemplates", [])]
+    assert len(claims) == 1 and "storageClassName" not in claims[0]["spec"]

@@ -81,9 +81,18 @@ class TestCompose:
         assert asked == {line.split("=")[0] for line in lines if not line.startswith("#")}
 
     def test_the_files_that_it_mounts_are_there(self, services: dict[str, Any]) -> None:
-        mounts = [volume.split(":")[0] for service in services.values() for volume in service.get("volumes", [])]
-        files = [mount for mount in mounts if mount.startswith(".")]
+        mounts = [volume for service in services.values() for volume in service.get("volumes", [])]
+        sources = [mount.split(":")[0] for mount in mounts if isinstance(mount, str)]
+        files = [source for source in sources if source.startswith(".")]
         assert len(files) == 6 and all((COMPOSE.parent / file).is_file() for file in files)
+        assert not any(source.startswith("/") for source in sources)  # Docker would make what is not there, as root
+
+    def test_it_starts_without_a_ray_and_leaves_no_folder_in_its_way(self, services: dict[str, Any]) -> None:
+        mounts = {name: [v for v in each.get("volumes", []) if isinstance(v, dict)] for name, each in services.items()}
+        (ray,) = mounts.pop("prometheus")
+        assert ray["source"] == "/tmp/ray" and ray["read_only"] is True and ray["bind"] == {"create_host_path": False}
+        assert not any(mounts.values())
+        assert {name for name, each in services.items() if each.get("profiles") == ["ray"]} == {"prometheus", "grafana"}
 
     def test_mlflow_reaches_its_databases_by_a_driver_that_is_installed(self) -> None:
         urls = re.findall(r"postgresql\S*://", (INFRA / "mlflow" / "start.sh").read_text())

@@ -5,7 +5,7 @@ import shlex
 
 from jobs import cli
 from jobs.submit import SUBMITTABLE
-from tests.infra.deployed import INFRA, ROOT
+from tests.infra.deployed import INFRA, ROOT, base_objects
 
 README = (INFRA / "README.md").read_text()
 
@@ -41,3 +41,9 @@ def test_the_files_that_it_names_are_there() -> None:
     assert all(list(INFRA.glob(name)) for name in named), named
     commands = set(re.findall(r"\binfra/[\w/.-]+\w", README)) - {"infra/compose/.env", "infra/k8s/overlays/mine"}
     assert all((ROOT / name).exists() for name in commands), commands
+
+
+def test_what_it_selects_is_there() -> None:
+    labels = {label for each in base_objects() for label in each["metadata"].get("labels", {})}
+    selected = set(re.findall(r" -l (ldm/\w+)", README))
+    assert selected == {"ldm/serve", "ldm/train"} and selected <= labels

@@ -15,6 +15,8 @@ from pipelines.train import TrainConfig
 from tests.infra.deployed import BASE, EXAMPLE, KUBERNETES, base_objects, built, example_env, pinned, pods, strict
 
 RAY = ("RayCluster", "RayJob", "RayService")
+PARTS = {"encode": ("RayJob", "ldm-encode"), "train": ("RayJob", "ldm-train"), "serve": ("RayService", "ldm-serve")}
+"""What `kubectl apply -k . -l ldm/PART` is for."""
 SPOT_NOTICE_S = 120
 """Seconds between AWS's notice and the end of a spot instance."""
 
@@ -61,19 +63,42 @@ class TestBuilt:
             kubernetes_validate.validate(each, KUBERNETES, strict=True)
             assert each["metadata"].get("namespace", each["metadata"]["name"]) == "ldm"
 
-    def test_a_job_has_the_pods_of_the_patched_cluster_and_all_its_workers(self, example: list[dict[str, Any]]) -> None:
+    def test_a_job_has_the_pods_of_the_patched_cluster_and_begins_with_one_worker(
+        self, example: list[dict[str, Any]]
+    ) -> None:
         cluster = named(example, "RayCluster", "ldm")["spec"]
         for name in ("ldm-encode", "ldm-train"):
             job = named(example, "RayJob", name)["spec"]["rayClusterSpec"]
             assert job["headGroupSpec"] == cluster["headGroupSpec"]
             mine, its = job["workerGroupSpecs"][0], cluster["workerGroupSpecs"][0]
             assert mine["template"] == its["template"]
-            assert mine["replicas"] == mine["minReplicas"] == its["maxReplicas"] == 4
+            assert mine["replicas"] == mine["minReplicas"] == 1 and mine["maxReplicas"] == its["maxReplicas"] == 4
+            assert job["enableInTreeAutoscaling"] is True and job["autoscalerOptions"] == cluster["autoscalerOptions"]
             assert job["authOptions"] == {"mode": "token"}
         assert cluster["workerGroupSpecs"][0]["template"]["spec"]["nodeSelector"] == {
             "karpenter.sh/capacity-type": "spot",
             "eks.amazonaws.com/instance-gpu-name": "l4",
         }
+
+    def test_a_job_can_begin_with_its_workers_and_asks_for_as_many_as_may_come(
+        self, example: list[dict[str, Any]]
+    ) -> None:
+        configs = named(example, "ConfigMap", "ldm-config")["data"]
+        workers = named(example, "RayJob", "ldm-train")["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+        least, most = yaml.safe_load(configs["train.yaml"])["num_workers"]
+        assert least <= workers["minReplicas"] and most == workers["maxReplicas"]
+        assert yaml.safe_load(configs["encode.yaml"])["num_workers"] == workers["maxReplicas"]
+
+    @pytest.mark.parametrize("part", PARTS)
+    def test_a_part_is_applied_with_all_that_it_needs_and_without_the_others(
+        self, example: list[dict[str, Any]], part: str
+    ) -> None:
+        """Another one that is applied too would be suspended again, however it was begun."""
+        labelled = [each for each in example if f"ldm/{part}" in each["metadata"].get("labels", {})]
+        applied = {(each["kind"], each["metadata"]["name"]) for each in labelled}
+        assert {found for found in applied if found[0] in RAY} == {PARTS[part]}
+        needed = needed_by(named(example, *PARTS[part]))
+        assert needed <= applied and ("Secret", "ldm-secrets") in needed
 
     def test_every_image_of_ours_is_the_one_that_was_pushed(self, example: list[dict[str, Any]]) -> None:
         images = {c["image"] for each in example for pod in pods(each) for c in pod["containers"]}
@@ -83,15 +108,27 @@ class TestBuilt:
     def test_what_pods_refer_to_is_there(self, example: list[dict[str, Any]]) -> None:
         there = {(each["kind"], each["metadata"]["name"]): each for each in example}
         for each in example:
+            assert needed_by(each) <= set(there)
             for pod in pods(each):
-                account = pod.get("serviceAccountName", "default")
-                assert account == "default" or ("ServiceAccount", account) in there
-                for volume in pod.get("volumes", []):
-                    if "configMap" in volume:
-                        assert ("ConfigMap", volume["configMap"]["name"]) in there
                 for container in pod["containers"]:
                     for kind, reference in references(container):
                         assert reference["key"] in there[kind, reference["name"]]["data"]
+
+
+def needed_by(one: dict[str, Any]) -> set[tuple[str, str]]:
+    """(kind, name) of what the pods of an object refer to."""
+    found = set()
+    for pod in pods(one):
+        if "serviceAccountName" in pod:
+            found.add(("ServiceAccount", pod["serviceAccountName"]))
+        for volume in pod.get("volumes", []):
+            if "configMap" in volume:
+                found.add(("ConfigMap", volume["configMap"]["name"]))
+            if "secret" in volume:
+                found.add(("Secret", volume["secret"]["secretName"]))
+        for container in pod["containers"]:
+            found |= {(kind, reference["name"]) for kind, reference in references(container)}
+    return found
 
 
 def references(container: dict[str, Any]) -> list[tuple[str, dict[str, str]]]:
@@ -157,6 +194,7 @@ class TestFiles:
     def test_what_costs_waits_until_it_is_told_to(self) -> None:
         waiting = [each for each in base_objects() if each["kind"] in ("RayJob", "RayService")]
         assert len(waiting) == 3 and all(each["spec"]["suspend"] is True for each in waiting)
+        assert yaml.safe_load((EXAMPLE / "serve.yaml").read_text())["spec"]["suspend"] is True
         assert named(base_objects(), "RayCluster", "ldm")["spec"]["workerGroupSpecs"][0]["minReplicas"] == 0
 
     def test_the_overlay_changes_what_the_base_has(self) -> None:

@@ -46,6 +46,7 @@ def test_another_patch_level_is_not() -> None:
         ("tracking.uri", WITH_PASSWORD),
         ("tracking.uri", WITH_PASSWORD.replace("http", "postgresql")),
         ("source", "https://host/a.tar?X-Amz-Signature=hunter2"),
+        ("class_names", "https://storage.googleapis.com/b/ids.txt?X-Goog-Algorithm=GOOG4&X-Goog-Signature=hunter2"),
     ],
 )
 def test_a_secret_in_the_configuration_is_refused_and_not_repeated(key: str, value: str) -> None:
