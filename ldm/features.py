@@ -6,8 +6,9 @@ where the user names it (SECURITY.md). A file that is neither is refused, and no
     N  pictures      D  features      K  classes
 """
 
+import hashlib
+import io
 import re
-import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +21,6 @@ from torch import Tensor
 from ldm import storage
 from ldm.autoencoder import Autoencoder
 from ldm.config import RequestError
-from ldm.latents.cache import hash_file
 
 BATCH_SIZE = 32
 LATENT_SIDE = 8
@@ -62,11 +62,26 @@ class Extractor:
     name: the file's, with its hash. is_inception: the very network of FID and IS.
     """
 
-    def __init__(
-        self, key: str, network: Callable[..., Any], name: str, *, is_inception: bool, device: str, batch_size: int
-    ) -> None:
-        self.key, self.network, self.name, self.is_inception = key, network, name, is_inception
-        self.device, self.batch_size = device, batch_size
+    def __init__(self, url: str, content: bytes, shape: tuple[int, int], device: str, batch_size: int) -> None:
+        """Loads it. content: of the file at `url`; shape: (H, W) of the pictures. Raises RequestError where it cannot.
+
+        A `.pt2` of a fixed batch size has that one.
+        """
+        self.key, self.device, self.batch_size = f"features={url}", device, batch_size
+        self._file = url, content, shape
+        file, digest = Path(storage.name(url)), hashlib.sha256(content).hexdigest()
+        self.is_inception = digest == INCEPTION_SHA256
+        stem = "inception" if self.is_inception else re.sub(r"[^A-Za-z0-9_.]+", "_", file.stem)
+        self.name = f"{stem}-{digest[:12]}"
+        self.network: Callable[..., Any]
+        if file.suffix == ".pt2":
+            self.network, self.batch_size = _load_exported(self.key, content, shape, device, batch_size)
+        else:
+            self.network = _load_script(self.key, content, device)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """To another process it goes as its file, and is loaded there: neither kind of network can be pickled."""
+        return _load_there, (*self._file, self.device, self.batch_size)
 
     def features(self, pictures: Tensor) -> Tensor:
         """uint8 (N, 3, H, W) => float32 (N, D), on the CPU. Raises RequestError where the network fails at it."""
@@ -101,20 +116,8 @@ def load_extractor(url: str, shape: tuple[int, int], *, device: str = "cpu", bat
 
     It is tried on one batch of pictures of `shape` (H, W). Raises RequestError where it is no such network.
     """
-    key = f"features={url}"
     check_extractor(url)
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / storage.name(url)
-        storage.fetch(url, copy)
-        digest = hash_file(copy)
-        if copy.suffix == ".pt2":
-            network, batch_size = _load_exported(key, copy, shape, device, batch_size)
-        else:
-            network = _load_script(key, copy, device)
-    is_inception = digest == INCEPTION_SHA256
-    stem = "inception" if is_inception else re.sub(r"[^A-Za-z0-9_.]+", "_", copy.stem)
-    name = f"{stem}-{digest[:12]}"
-    found = Extractor(key, network, name, is_inception=is_inception, device=device, batch_size=batch_size)
+    found = Extractor(url, storage.read_bytes(url), shape, device, batch_size)
     found.features(torch.zeros(1, 3, *shape, dtype=torch.uint8))
     return found
 
@@ -134,26 +137,31 @@ def in_fixed_batches(network: Callable[[Tensor], Tensor], rows: Tensor, batch_si
 
     What a row becomes then depends neither on N nor on the rows beside it.
     """
-    missing = -len(rows) % batch_size
-    padded = torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])])
-    return torch.cat([network(batch) for batch in padded.split(batch_size)])[: len(rows)]
+    *whole, last = rows.split(batch_size)
+    padded = torch.cat([last, last.new_zeros(batch_size - len(last), *rows.shape[1:])])
+    return torch.cat([network(batch) for batch in (*whole, padded)])[: len(rows)]
 
 
-def _load_script(key: str, file: Path, device: str) -> Callable[..., Any]:
+def _load_there(url: str, content: bytes, shape: tuple[int, int], device: str, batch_size: int) -> Extractor:
+    """Where another process sent it; a worker may have no GPU."""
+    return Extractor(url, content, shape, device if torch.cuda.is_available() else "cpu", batch_size)
+
+
+def _load_script(key: str, content: bytes, device: str) -> Callable[..., Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of its deprecation: such files are what people have
-            return torch.jit.load(file, map_location=device).eval()
+            return torch.jit.load(io.BytesIO(content), map_location=device).eval()
     except Exception as error:  # a damaged file raises nearly anything
         raise RequestError(f"{key}: is no TorchScript module ({_last_line(error)})") from None
 
 
 def _load_exported(
-    key: str, file: Path, shape: tuple[int, int], device: str, batch_size: int
+    key: str, content: bytes, shape: tuple[int, int], device: str, batch_size: int
 ) -> tuple[Callable[..., Any], int]:
     """(network, the batch size that it was exported with, or else `batch_size`)"""
     try:
-        program = torch.export.load(file)
+        program = torch.export.load(io.BytesIO(content))
         network = program.module().to(device)
         (name,) = program.graph_signature.user_inputs
         example = next(node.meta["val"] for node in program.graph.nodes if node.name == name)

@@ -1,10 +1,10 @@
 """The arms of a study and what is done of them.
 
 OUTPUT/study.json      which study, and all that its figures depend on and its arms share; the MLflow run
-       arms/NAME.json  one arm that is done: written whole, and never done again
+       arms/NAME.json  one arm that is done: written whole, and done again only to be measured as others are
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ldm import storage
@@ -18,7 +18,7 @@ class Arms:
     """The arms in `output`. Making one claims nothing; `claim` does."""
 
     def __init__(self, output: str, study: str, request: Mapping[str, Any]) -> None:
-        """request: plain JSON values. Raises RequestError where another study, or another request, is there."""
+        """request: plain JSON values. Raises RequestError where another study is there, or arms of another request."""
         self.output, self.study, self.request = output, study, dict(request)
         storage.check_writable("output", output)
         known = self._read()
@@ -41,6 +41,12 @@ class Arms:
             return None
         return row if isinstance(row, dict) else None
 
+    def alike(self, names: Sequence[str]) -> list[str]:
+        """Those of `names` that are done, and measured in the same features as the first of them."""
+        rows = {name: row for name in names if (row := self.done(name)) is not None}
+        features = next((row.get("features") for row in rows.values()), None)
+        return [name for name, row in rows.items() if row.get("features") == features]
+
     def names(self) -> list[str]:
         """Of all arms that are done, in the order of their names."""
         folder = storage.join(self.output, "arms")
@@ -58,7 +64,8 @@ class Arms:
             raise RequestError(f"output={self.output}: holds a study.json of something else; give another output")
         if known["study"] != self.study:
             raise RequestError(f"output={self.output}: holds a study {known['study']}; give another output")
-        if found := differences(known["request"], self.request):
+        # Without an arm there is nothing that would not compare: a request that failed can be mended.
+        if self.names() and (found := differences(known["request"], self.request)):
             raise RequestError(
                 f"output={self.output}: holds arms of another request ({'; '.join(found)}); give another output"
             )

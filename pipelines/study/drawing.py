@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ldm.config import validate
+from ldm.config import RequestError, validate
 from ldm.drawing import PictureSampler, load_sampler
 from ldm.labels import resolve_labels
 from ldm.plan import SamplerConfig
@@ -57,8 +57,17 @@ class Drawer:
     ) -> None:
         cluster.use_threads(threads)
         self.config = config
-        self.sampler = load_sampler(snapshot, config.batch_size, config.device, denoiser_type, precision)
+        self._asked = snapshot, config.batch_size, config.device, denoiser_type, precision
+        self._loaded: PictureSampler | None = None
         self._warm: set[bool] = set()
+
+    @property
+    def sampler(self) -> PictureSampler:
+        """Loaded when it is asked for the first time: what is wrong with it then comes as itself, and not as a worker
+        that did not start."""
+        if self._loaded is None:
+            self._loaded = load_sampler(*self._asked)
+        return self._loaded
 
     def draw(self, name: str, settings: Mapping[str, Any], quality: Quality | None) -> tuple[str, Drawn]:
         """(name, the pictures of the study's seeds). settings: those of a `SamplerConfig`."""
@@ -89,6 +98,16 @@ def device_name(sampler: PictureSampler) -> str:
     return torch.cuda.get_device_name() if sampler.device.type == "cuda" else "cpu"
 
 
+def check_workers(device: str, num_workers: int) -> str:
+    """`auto` => where so many workers will run, "cuda" or "cpu". Raises RequestError for GPUs that are not there."""
+    if (nodes := cluster.known_nodes()) is None:
+        with cluster.ray_session():
+            nodes = list(cluster.live_nodes().values())
+    device = cluster.choose_device(device, nodes)
+    cluster.check_room(num_workers, device, nodes)
+    return device
+
+
 def draw_all(
     cells: Mapping[str, SamplerConfig],
     snapshot: str,
@@ -99,7 +118,7 @@ def draw_all(
 ) -> Iterator[tuple[str, Drawn]]:
     """(name, what was drawn) of each cell, as they end; a worker that is lost is started again.
 
-    Within a Ray session. options: of `Drawer`.
+    Within a Ray session. options: of `Drawer`. Raises RequestError, also that of a worker; RuntimeError.
     """
     import ray
     from ray.util import ActorPool
@@ -119,6 +138,8 @@ def draw_all(
             list(cells.items()),
         )
     except ray.exceptions.RayError as error:
+        if isinstance(cause := getattr(error, "cause", None), RequestError):
+            raise cause from None
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise RuntimeError(f"drawing failed: {lines[-1]}; the same command goes on") from error
     finally:

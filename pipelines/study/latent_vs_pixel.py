@@ -26,11 +26,11 @@ from pipelines.evaluate.reference import find_reference
 from pipelines.progress import say
 from pipelines.study.arms import Arms
 from pipelines.study.config import Values
-from pipelines.study.drawing import draw_all
+from pipelines.study.drawing import check_workers, draw_all
 from pipelines.study.forecast import denoiser_cost
 from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
-from pipelines.study.quality import Quality, default_device, make_quality
-from pipelines.study.reference import check_labels
+from pipelines.study.quality import Quality, make_quality, stands
+from pipelines.study.reference import check_features, check_labels
 from pipelines.study.table import Row
 from pipelines.study.training import TrainedConfig, check_sampler, train_config, train_for
 
@@ -94,8 +94,9 @@ class Arm:
 
 @dataclass(frozen=True)
 class Plan:
-    """latent_shapes: (C, h, w) by the arm's name."""
+    """config: on the device that is there. latent_shapes: (C, h, w) by the arm's name."""
 
+    config: LatentVsPixelConfig
     shards: dict[str, InputShard]
     sizes: dict[str, int]
     todo: list[Arm]
@@ -104,11 +105,14 @@ class Plan:
 
     @property
     def done(self) -> list[str]:
-        return [arm.name for arm in self.todo if self.arms.done(arm.name)]
+        sizes = dict.fromkeys(arm.image_size for arm in self.todo)
+        names = ([arm.name for arm in self.todo if arm.image_size == size] for size in sizes)
+        return [name for of_size in names for name in self.arms.alike(of_size)]
 
 
 def plan(config: LatentVsPixelConfig) -> Plan:
-    """Checks the whole request without Ray. Raises RequestError."""
+    """Checks the whole request, and asks a cluster what it has. Raises RequestError."""
+    check_features(config)
     inputs, sizes = find_reference(config.source, "source")
     check_labels(config, inputs, "source")
     check_sampler(config)
@@ -122,13 +126,15 @@ def plan(config: LatentVsPixelConfig) -> Plan:
         factor, channels = (autoencoder.factor, autoencoder.latent_channels) if arm.space == "latent" else (1, 3)
         shapes[arm.name] = channels, arm.image_size // factor, arm.image_size // factor
         denoiser_cost(denoiser_of(config, arm), shapes[arm.name], 0, config.diffusion)
-    apart = {"output", "source", "autoencoder", "image_size", "device", "tracking"}
+    # The arms are timed: they compare on one kind of device.
+    config = config.model_copy(update={"device": check_workers(config.device, config.num_workers)})
+    apart = {"output", "source", "autoencoder", "image_size", "tracking"}
     request = {
         **config.model_dump(mode="json", exclude=apart),
         "autoencoder": autoencoder.weights_sha256,
         "source": lineage.image_dataset(sizes).digest,
     }
-    return Plan(inputs, sizes, todo, shapes, Arms(config.output, STUDY, request))
+    return Plan(config, inputs, sizes, todo, shapes, Arms(config.output, STUDY, request))
 
 
 def dry_run(config: LatentVsPixelConfig) -> StudyPlan:
@@ -146,20 +152,23 @@ def dry_run(config: LatentVsPixelConfig) -> StudyPlan:
 def run(config: LatentVsPixelConfig) -> StudyReport:
     """Encodes, trains, draws and measures what is missing, arm by arm. Raises RequestError."""
     todo = plan(config)
-    before = todo.done
+    config, before = todo.config, todo.done
     with study_run(config, todo.arms) as tracker:
         tracker.dataset(lineage.image_dataset(todo.sizes), "source")
         missing = [arm for arm in todo.todo if arm.name not in before]
         with cluster.ray_session() if missing else contextlib.nullcontext():
             qualities: dict[int, Quality] = {}
             for arm in missing:
-                say(f"study: {arm.name}, arm {todo.todo.index(arm) + 1} of {len(todo.todo)}")
+                _do(config, todo, arm, qualities)
+            others = [a for a in todo.todo if not stands(todo.arms.done(a.name), qualities.get(a.image_size))]
+            for arm in others:  # such as of the classifier that another machine trained
+                say(f"study: {arm.name} was measured in other features, and is again")
                 _do(config, todo, arm, qualities)
         rows = [{"name": arm.name, **(todo.arms.done(arm.name) or {})} for arm in todo.todo]
         ratios = _ratios(rows)
         names = [arm.name for arm in todo.todo]
         figures = {**_plots(rows, ratios), "grid.png": strips_grid(todo.arms, names)}
-        return write_outcome(todo.arms, tracker, rows, _summary(ratios), figures, names, len(before))
+        return write_outcome(todo.arms, tracker, rows, _summary(ratios), figures, names, len(before) - len(others))
 
 
 def encode_config(config: LatentVsPixelConfig, arm: Arm) -> EncodeConfig:
@@ -184,6 +193,7 @@ def denoiser_of(config: LatentVsPixelConfig, arm: Arm) -> DenoiserConfig:
 
 def _do(config: LatentVsPixelConfig, todo: Plan, arm: Arm, qualities: dict[int, Quality]) -> None:
     """One arm from the pictures to its row. qualities: what pictures of a size are measured with, made once."""
+    say(f"study: {arm.name}, arm {todo.todo.index(arm) + 1} of {len(todo.todo)}")
     latents = encode(encode_config(config, arm)).destination
     output, speed = (storage.join(config.output, folder, arm.name) for folder in ("runs", "speed"))
     asked = train_config(config, latents, output, denoiser_of(config, arm), 2)
@@ -191,7 +201,7 @@ def _do(config: LatentVsPixelConfig, todo: Plan, arm: Arm, qualities: dict[int, 
     snapshot = read_snapshot(found.snapshot)
     if (quality := qualities.get(arm.image_size)) is None:
         quality = make_quality(
-            config, todo.shards, snapshot, lambda: load_autoencoder(config.autoencoder, default_device())
+            config, todo.shards, snapshot, lambda device: load_autoencoder(config.autoencoder, device)
         )
         qualities[arm.image_size] = quality
     ((_, drawn),) = draw_all({arm.name: config.sampler}, found.snapshot, config, quality)

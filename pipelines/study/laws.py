@@ -78,7 +78,7 @@ def _quality(rows: Sequence[Row]) -> dict[str, Any]:
     """A line for each share of the data, over the models."""
     lines: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: float(row["training_flops"])):
-        lines.setdefault(f"{row['fraction']:.0%} of the data", []).append(row)
+        lines.setdefault(f"{100 * row['fraction']:g}% of the data", []).append(row)
     curves = {name: ([r["training_flops"] for r in found], [r["fd"] for r in found]) for name, found in lines.items()}
     ends = [min(r["training_flops"] for r in rows), max(r["training_flops"] for r in rows)]
     return curves | {"floor (held-out pictures)": (ends, [rows[0]["floor"]] * 2)}

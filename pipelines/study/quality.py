@@ -56,10 +56,10 @@ class Quality:
 
 
 def make_quality(
-    config: StudyConfig, inputs: Mapping[str, InputShard], snapshot: Snapshot, autoencoder: Callable[[], Autoencoder]
+    config: StudyConfig, inputs: Mapping[str, InputShard], snapshot: Snapshot, autoencoder: Callable[[str], Autoencoder]
 ) -> Quality:
-    """Reads shards (by name), prepared as the snapshot's own pictures were. autoencoder: of features=vae; a network of
-    the user's own is run.
+    """Reads shards (by name), prepared as the snapshot's own pictures were. autoencoder: of features=vae, on a device;
+    a network of the user's own is run.
 
     Raises RequestError where the reference cannot give the figures.
     """
@@ -73,17 +73,18 @@ def make_quality(
     if config.features == CLASSIFIER and (train.labels is None or holdout.labels is None):
         raise RequestError("features=classifier: the reference holds pictures without a label; give features=vae")
     features: Features
+    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"  # of this process
     if config.features == VAE:
-        features = VaeFeatures(autoencoder())
+        features = VaeFeatures(autoencoder(device))
     elif config.features == CLASSIFIER:
         features = trained_classifier(reference, snapshot.conditioning.num_classes, config.seed, "study")
     else:
-        device = default_device() if config.device == "auto" else config.device
         features = load_extractor(config.features, snapshot.picture_shape(), device=device)
     gaussian = metrics.fit_gaussian(features.features(train.pixels))
     floor = float(metrics.frechet_contributions(features.features(holdout.pixels), gaussian).mean())
     return Quality(features, gaussian, floor, len(holdout), config.seed)
 
 
-def default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def stands(row: Mapping[str, Any] | None, quality: Quality | None) -> bool:
+    """Whether an arm is done, and measured in these features, where it is known already which."""
+    return row is not None and (quality is None or row["features"] == quality.name)

@@ -10,8 +10,11 @@ from pipelines.evaluate.networks import CLASSIFIER, VAE
 from pipelines.study.config import StudyConfig
 
 
-def check_features(config: StudyConfig, num_classes: int) -> None:
-    """Raises RequestError for features that cannot be had, as a classifier where there are no classes."""
+def check_features(config: StudyConfig, num_classes: int | None = None) -> None:
+    """Raises RequestError for features that cannot be had, as a classifier where there are no classes.
+
+    num_classes: of the model; None where the pictures will say.
+    """
     if config.features not in (CLASSIFIER, VAE):
         check_extractor(config.features)
     if config.features == CLASSIFIER and num_classes == 0:

@@ -6,7 +6,6 @@ language, and Peebles & Xie 2022 (arXiv 2212.09748, figures 8 and 9) for DiTs by
 
 import contextlib
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import Field, field_validator
@@ -28,10 +27,10 @@ from pipelines.study.drawing import draw_all
 from pipelines.study.forecast import NOTE, denoiser_cost, flops_per_second
 from pipelines.study.laws import fits_of, plots_of
 from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
-from pipelines.study.quality import Quality, default_device, make_quality
-from pipelines.study.reference import check_features
+from pipelines.study.quality import Quality, make_quality, stands
+from pipelines.study.reference import check_features, check_labels
 from pipelines.study.table import Row
-from pipelines.study.training import TrainedConfig, check_sampler, train_anew, train_config, trained
+from pipelines.study.training import TrainedConfig, check_sampler, train_anew, train_config
 from pipelines.tracking import Tracker
 from pipelines.train import TrainConfig
 from pipelines.train import plan as plan_train
@@ -112,7 +111,7 @@ class Plan:
 
     @property
     def done(self) -> list[str]:
-        return [arm.name for arm in self.todo if self.arms.done(arm.name)]
+        return self.arms.alike([arm.name for arm in self.todo])
 
 
 def plan(config: ScalingConfig) -> Plan:
@@ -126,6 +125,7 @@ def plan(config: ScalingConfig) -> Plan:
     if config.reference is not None:
         check_features(config, manifest.conditioning.num_classes)
         inputs, sizes = find_reference(config.reference)
+        check_labels(config, inputs, "reference")
         digest = lineage.image_dataset(sizes).digest
     apart = {"output", "latents", "sizes", "fractions", "device", "tracking"}
     request = {
@@ -163,12 +163,15 @@ def run(config: ScalingConfig) -> StudyReport:
         quality: Quality | None = None
         with cluster.ray_session() if missing else contextlib.nullcontext():
             for arm in missing:
-                say(f"study: {arm.name}, arm {todo.todo.index(arm) + 1} of {len(todo.todo)}")
                 quality = _do(config, todo, arm, quality)
-        return _outcome(config, todo, tracker, before)
+            others = [arm for arm in todo.todo if not stands(todo.arms.done(arm.name), quality)]
+            for arm in others:  # such as of the classifier that another machine trained
+                say(f"study: {arm.name} was measured in other features, and is again")
+                _do(config, todo, arm, quality)
+        return _outcome(config, todo, tracker, len(before) - len(others))
 
 
-def _outcome(config: ScalingConfig, todo: Plan, tracker: Tracker, before: Sequence[str]) -> StudyReport:
+def _outcome(config: ScalingConfig, todo: Plan, tracker: Tracker, skipped: int) -> StudyReport:
     found: list[Row] = [{"name": arm.name, **(todo.arms.done(arm.name) or {})} for arm in todo.todo]
     if len({row["validated_on"] for row in found}) > 1:
         raise RuntimeError(f"{config.output}: its arms were validated on different samples; give another output")
@@ -177,7 +180,7 @@ def _outcome(config: ScalingConfig, todo: Plan, tracker: Tracker, before: Sequen
     figures = plots_of(found, laws) | ({"grid.png": strips_grid(todo.arms, names)} if todo.shards else {})
     rows = [{key: value for key, value in row.items() if key not in ("curve", "validated_on")} for row in found]
     summary = {**{key: str(law) for key, law in laws.items()}, "laws": {key: law.about for key, law in laws.items()}}
-    return write_outcome(todo.arms, tracker, rows, summary, figures, names, len(before))
+    return write_outcome(todo.arms, tracker, rows, summary, figures, names, skipped)
 
 
 def _run_config(config: ScalingConfig, arm: Arm) -> TrainConfig:
@@ -198,6 +201,7 @@ def _run_config(config: ScalingConfig, arm: Arm) -> TrainConfig:
 
 def _do(config: ScalingConfig, todo: Plan, arm: Arm, quality: Quality | None) -> Quality | None:
     """One arm to its row; what pictures are measured with is made once."""
+    say(f"study: {arm.name}, arm {todo.todo.index(arm) + 1} of {len(todo.todo)}")
     asked = todo.runs[arm.name]
     rest = 1 - config.holdout
     if arm.fraction < 1:
@@ -207,7 +211,7 @@ def _do(config: ScalingConfig, todo: Plan, arm: Arm, quality: Quality | None) ->
         asked = asked.model_copy(update={"exclude": exclude})
     planned = plan_train(asked)
     samples = planned.dataset.num_samples
-    found = trained(train_anew(asked))
+    found = train_anew(asked)
     losses = validations(asked.output)
     flops = 3 * _flops(todo, arm)
     curve = [
@@ -232,9 +236,7 @@ def _do(config: ScalingConfig, todo: Plan, arm: Arm, quality: Quality | None) ->
     }
     if todo.shards:
         snapshot = read_snapshot(found.snapshot)
-        quality = quality or make_quality(
-            config, todo.shards, snapshot, lambda: snapshot.load_autoencoder(default_device())
-        )
+        quality = quality or make_quality(config, todo.shards, snapshot, snapshot.load_autoencoder)
         ((_, drawn),) = draw_all({arm.name: config.sampler}, found.snapshot, config, quality)
         save_strip(todo.arms, arm.name, drawn.first)
         row |= drawn.row(config, quality)

@@ -5,14 +5,17 @@ The question of the DDIM paper's table 1 (arXiv 2010.02502), on the user's own m
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from pydantic import Field
 
 from ldm import storage
 from ldm.config import Location, RequestError, validate
+from ldm.denoiser import BUILT_IN, DenoiserConfig, build_denoiser
 from ldm.labels import check_guidance
 from ldm.plan import Sampler, SamplerConfig, SamplingPlan, Spacing, make_plan
 from ldm.snapshot import Snapshot, read_snapshot
@@ -20,14 +23,14 @@ from ldm.sources import InputShard
 from ldm.steps import Eta
 from pipelines import cluster, lineage, plots
 from pipelines.evaluate.reference import find_reference
-from pipelines.progress import Progress, say
+from pipelines.progress import Progress, counted, say
 from pipelines.study.arms import Arms
 from pipelines.study.config import StudyConfig, Values
-from pipelines.study.drawing import draw_all
+from pipelines.study.drawing import check_workers, draw_all
 from pipelines.study.forecast import drawing_seconds
 from pipelines.study.outcome import StudyPlan, StudyReport, save_strip, strips_grid, study_run, write_outcome
-from pipelines.study.quality import Quality, default_device, make_quality
-from pipelines.study.reference import check_features
+from pipelines.study.quality import make_quality, stands
+from pipelines.study.reference import check_features, check_labels
 from pipelines.study.table import Row
 
 STUDY = "sweep"
@@ -76,17 +79,45 @@ class SweepPlan:
 
 
 def plan(config: SweepConfig) -> SweepPlan:
-    """Checks the whole request without weights and without Ray. Raises RequestError."""
+    """Checks the whole request without weights, and asks a cluster what it has. Raises RequestError."""
     snapshot = read_snapshot(config.snapshot)
+    _check_denoiser(config, snapshot)
     check_features(config, snapshot.conditioning.num_classes)
     inputs, sizes = find_reference(config.reference)
+    check_labels(config, inputs, "reference")
     cells, left_out = combinations(config, snapshot)
     request = {
         "weights_sha256": snapshot.weights_sha256,
         "reference": lineage.image_dataset(sizes).digest,
         **config.model_dump(mode="json", include=set(_REQUEST)),
     }
-    return SweepPlan(snapshot, inputs, sizes, cells, left_out, Arms(config.output, STUDY, request))
+    todo = SweepPlan(snapshot, inputs, sizes, cells, left_out, Arms(config.output, STUDY, request))
+    if missing := len(cells) - len(todo.done):
+        check_workers(config.device, min(config.num_workers, missing))
+    return todo
+
+
+def _check_denoiser(config: SweepConfig, snapshot: Snapshot) -> None:
+    """Raises RequestError where workers could not build the snapshot's own class of denoiser."""
+    if snapshot.denoiser["type"] in BUILT_IN:
+        return
+    if config.denoiser_type is None:
+        raise RequestError(
+            f"denoiser_type=null: {snapshot.url} was trained with a class of its own; "
+            "give denoiser_type=package.module:Class"
+        )
+    channels, height, width = snapshot.latent_shape
+    try:
+        own = validate(DenoiserConfig, {**snapshot.denoiser, "type": config.denoiser_type})
+        with torch.device("meta"):
+            build_denoiser(
+                own,
+                in_channels=channels,
+                sample_size=(height, width),
+                num_classes=snapshot.conditioning.num_classes or None,
+            )
+    except RequestError as error:
+        raise RequestError(re.sub("^(denoiser[.])?type=", "denoiser_type=", str(error))) from None
 
 
 def dry_run(config: SweepConfig) -> StudyPlan:
@@ -115,8 +146,8 @@ def run(config: SweepConfig) -> StudyReport:
 
 def _draw_missing(config: SweepConfig, todo: SweepPlan) -> int:
     """Returns the number of combinations that were there before, and stay."""
-    quality = make_quality(config, todo.shards, todo.snapshot, lambda: todo.snapshot.load_autoencoder(default_device()))
-    cells = {name: settings for name, settings in todo.cells.items() if not _stands(todo.arms.done(name), quality)}
+    quality = make_quality(config, todo.shards, todo.snapshot, todo.snapshot.load_autoencoder)
+    cells = {name: settings for name, settings in todo.cells.items() if not stands(todo.arms.done(name), quality)}
     cells = dict(sorted(cells.items(), key=lambda cell: cell[1].num_inference_steps))  # first what is soon done
     before = len(todo.cells) - len(cells)
     if before < len(todo.done):
@@ -181,10 +212,6 @@ def _check_values(axes: dict[str, Sequence[Any]], refused: dict[tuple[Any, ...],
         raise RequestError("; ".join(named))
 
 
-def _stands(row: Row | None, quality: Quality) -> bool:
-    return row is not None and row["features"] == quality.name
-
-
 def _name(settings: SamplerConfig) -> str:
     eta = _eta(settings)
     noise = [] if eta is None else [eta if isinstance(eta, str) else f"eta{eta:g}"]
@@ -209,47 +236,67 @@ def _settings(settings: SamplerConfig) -> Row:
 
 def _rows(todo: SweepPlan) -> list[Row]:
     """The table of all combinations that are there, also of earlier commands, by settings; those are marked that no
-    other beats in both seconds and distance."""
+    other of those timed alike beats in both seconds and distance."""
     found = {name: todo.arms.done(name) or {} for name in [*todo.cells, *todo.arms.names()]}
     features = found[next(iter(todo.cells))]["features"]
     rows = [{"name": name, **row} for name, row in found.items() if row.get("features") == features]
     rows.sort(key=lambda row: (row["sampler"], str(row["eta"]), row["guidance_scale"], row["steps"]))
-    front = plots.pareto_front([row["seconds_per_picture"] for row in rows], [row["fd"] for row in rows])
-    return [{**row, "pareto": number in front} for number, row in enumerate(rows)]
+    for alike in _timed_alike(rows).values():
+        front = plots.pareto_front([row["seconds_per_picture"] for row in alike], [row["fd"] for row in alike])
+        for number, row in enumerate(alike):
+            row["pareto"] = number in front
+    return rows
+
+
+def _timed_alike(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by what they were timed on: seconds of another device, or of more threads, say nothing of a setting."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["device"], row["threads"]), []).append(row)
+    return {f"{device}, {counted(threads, 'thread')}": found[device, threads] for device, threads in sorted(found)}
 
 
 def _summary(rows: Sequence[Row]) -> dict[str, Any]:
     best = min(rows, key=lambda row: float(row["fd"]))
-    return {
-        "features": best["features"],
-        "floor": best["floor"],
-        "best": best["name"],
-        "front": ", ".join(row["name"] for row in rows if row["pareto"]),
+    groups = _timed_alike(rows)
+    fronts = {
+        "front" if len(groups) == 1 else f"front ({where})": ", ".join(row["name"] for row in alike if row["pareto"])
+        for where, alike in groups.items()
     }
+    return {"features": best["features"], "floor": best["floor"], "best": best["name"], **fronts}
 
 
 def _plots(rows: Sequence[Row]) -> dict[str, bytes]:
-    """The distance against steps, with the floor, and against seconds, with the front; accuracy where there is one."""
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        eta = "" if row["eta"] is None else f" η={row['eta']}"
-        lines.setdefault(f"{row['sampler']}{eta} g={row['guidance_scale']:g}", []).append(row)
+    """The distance against steps, with the floor, and against seconds, with the front, for each way of timing; accuracy
+    where there is one."""
+    lines = _lines(rows)
     features, steps = rows[0]["features"], sorted({row["steps"] for row in rows})
     curves = {name: _columns(found, "steps", "fd", "fd_low", "fd_high") for name, found in lines.items()}
     curves["floor (held-out pictures)"] = (steps, [rows[0]["floor"]] * len(steps))
-    clouds = {
-        name: (*_columns(found, "seconds_per_picture", "fd"), [f"{row['steps']} steps" for row in found])
-        for name, found in lines.items()
-    }
-    figures = {
-        "steps.png": plots.line(curves, "sampling steps", features, "Quality against steps", log_x=True),
-        "seconds.png": plots.scatter_front(clouds, "seconds a picture", features, "Quality against time", log_x=True),
-    }
+    figures = {"steps.png": plots.line(curves, "sampling steps", features, "Quality against steps", log_x=True)}
+    groups = _timed_alike(rows)
+    for number, (where, alike) in enumerate(groups.items(), start=1):
+        clouds = {
+            name: (*_columns(found, "seconds_per_picture", "fd"), [f"{row['steps']} steps" for row in found])
+            for name, found in _lines(alike).items()
+        }
+        file = "seconds.png" if number == 1 else f"seconds-{number}.png"
+        title = "Quality against time" + (f" ({where})" if len(groups) > 1 else "")
+        figures[file] = plots.scatter_front(clouds, "seconds a picture", features, title, log_x=True)
     if all("accuracy" in row for row in rows):
         shares = {name: _columns(found, "steps", *_ACCURACY) for name, found in lines.items()}
         title = "Pictures read as asked (95% interval)"
         figures["accuracy.png"] = plots.line(shares, "sampling steps", "accuracy", title, log_x=True)
     return figures
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """A curve for each way to sample, over the steps."""
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        eta = "" if row["eta"] is None else f" η={row['eta']}"
+        lines.setdefault(f"{row['sampler']}{eta} g={row['guidance_scale']:g}", []).append(row)
+    return lines
 
 
 def _columns(rows: Sequence[Row], *keys: str) -> Any:

@@ -1,6 +1,6 @@
 """What studies that train are asked, and how an arm is trained: by `ldm train` itself, in a folder of its own."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from pydantic import Field, PositiveInt
@@ -12,7 +12,7 @@ from ldm.diffusion import DiffusionConfig
 from ldm.plan import SamplerConfig, make_plan
 from pipelines.study.config import StudyConfig
 from pipelines.tracking import TrackingConfig
-from pipelines.train import TrainConfig, TrainReport, train
+from pipelines.train import TrainConfig, plan, train
 from pipelines.train.config import EmaConfig
 
 _SPEED_STEPS = 20
@@ -83,8 +83,45 @@ def check_sampler(config: TrainedConfig) -> None:
 def train_for(seconds: float, config: TrainConfig, speed_output: str) -> Trained:
     """Trains for about so many seconds of steady training.
 
-    A few steps in `speed_output`, which are thrown away, say how many steps that is.
+    A few steps in `speed_output`, which are thrown away, say how many steps that is. Their number is kept beside it:
+    measured again, it would be another one, and a run that is done would go on for some steps that are not steady.
     """
+    of = {"seconds": seconds, **_about(config)}
+    if (pairs := _kept(f"{speed_output}.json", of)) is None:
+        pairs = _measured_pairs(seconds, config, speed_output)
+        _keep(f"{speed_output}.json", of, pairs)
+    config = config.model_copy(update={"max_steps": 2 * pairs, "checkpoint_every": 2 * pairs, "log_every": pairs})
+    if pairs <= plan(config).step < 2 * pairs:
+        storage.remove(config.output)  # interrupted in the half that is timed: what is left of it is no measure
+    return train_anew(config)
+
+
+def train_anew(config: TrainConfig) -> Trained:
+    """Trains, or goes on. What is trained is kept with its figures, and neither done nor timed again.
+
+    A run that is done, but whose figures were lost in a kill, is done again.
+    """
+    file, of = storage.join(config.output, "trained.json"), _about(config)
+    report = train(config)
+    if report.steady_images_per_second is None:
+        if (kept := _kept(file, of)) is not None:
+            return replace(Trained(**kept), snapshot=storage.absolute(report.snapshot))
+        storage.remove(config.output)
+        report = train(config)
+    assert report.steady_images_per_second is not None and report.peak_memory_gb is not None
+    found = Trained(
+        storage.absolute(report.snapshot),
+        report.step,
+        report.images_seen,
+        report.steady_images_per_second,
+        report.peak_memory_gb,
+    )
+    _keep(file, of, asdict(found))
+    return found
+
+
+def _measured_pairs(seconds: float, config: TrainConfig, speed_output: str) -> int:
+    """Half as many steps as take so long, at least one."""
     storage.remove(speed_output)
     quick = {
         "output": speed_output,
@@ -96,26 +133,19 @@ def train_for(seconds: float, config: TrainConfig, speed_output: str) -> Trained
     found = train(config.model_copy(update=quick))
     storage.remove(speed_output)
     assert found.steady_images_per_second is not None
-    pairs = max(1, round(seconds * found.steady_images_per_second / config.global_batch_size / 2))
-    steps = {"max_steps": 2 * pairs, "checkpoint_every": 2 * pairs, "log_every": pairs}
-    return trained(train_anew(config.model_copy(update=steps)))
+    return max(1, round(seconds * found.steady_images_per_second / config.global_batch_size / 2))
 
 
-def train_anew(config: TrainConfig) -> TrainReport:
-    """Trains, or goes on; a run that is done, but whose figures were lost in a kill, is done again."""
-    report = train(config)
-    if report.steady_images_per_second is None:
-        storage.remove(config.output)
-        report = train(config)
-    return report
+def _about(config: TrainConfig) -> dict[str, Any]:
+    """All that a run's speed depends on, and not where it lies."""
+    return config.model_dump(mode="json", exclude={"latents", "output", "exclude", "tracking"})
 
 
-def trained(report: TrainReport) -> Trained:
-    assert report.steady_images_per_second is not None and report.peak_memory_gb is not None
-    return Trained(
-        storage.absolute(report.snapshot),
-        report.step,
-        report.images_seen,
-        report.steady_images_per_second,
-        report.peak_memory_gb,
-    )
+def _keep(url: str, of: dict[str, Any], found: Any) -> None:
+    storage.write_json(url, {"of": of, "found": found})
+
+
+def _kept(url: str, of: dict[str, Any]) -> Any:
+    """What `_keep` wrote; None where that was of something else."""
+    kept = storage.read_json(url) if storage.exists(url) else {}
+    return kept["found"] if kept.get("of") == of else None

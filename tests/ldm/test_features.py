@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm import features, metrics
 from ldm.config import RequestError
+from ldm.drawing import resolve_device
 from ldm.features import VaeFeatures, load_extractor
 from tests.ldm.extractors import Faulty, InceptionLike, Means, write_exported, write_script
 
@@ -50,6 +51,24 @@ def test_a_program_of_one_batch_size_is_fed_that(tmp_path):
     )
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".pt2"])
+def test_it_reaches_another_process(suffix, tmp_path):
+    """As Ray sends it; its file may be gone, or another one, by then."""
+    path = tmp_path / f"means{suffix}"
+    if suffix == ".pt":
+        write_script(Means(), path)
+    else:
+        write_exported(Means(), path, (8, 3, 16, 16), free_batch=False)
+    sent = load_extractor(str(path), (16, 16), batch_size=8)
+    expected = sent.features(PICTURES)
+    sent.device = "cuda"  # of the sender, which may have a GPU where the worker has none
+    path.unlink()
+    found = pickle.loads(pickle.dumps(sent))
+    assert (found.name, found.batch_size, found.is_inception) == (sent.name, 8, False)
+    assert found.device == resolve_device("auto")
+    assert torch.allclose(found.features(PICTURES), expected, atol=1e-4)
+
+
 def test_the_name_is_the_bytes(script, tmp_path):
     other = Means()
     nn.init.constant_(other.mix.weight, 0.5)
@@ -63,6 +82,19 @@ def test_a_row_depends_neither_on_its_neighbours_nor_on_their_number(script, kl)
         whole = network.features(PICTURES)
         assert torch.equal(network.features(PICTURES[5:6]), whole[5:6])
         assert torch.equal(network.features(PICTURES.flip(0)).flip(0), whole)
+
+
+def test_only_the_last_batch_is_copied_to_be_padded():
+    seen = []
+
+    def network(batch):
+        seen.append(batch)
+        return batch.flatten(1).float()
+
+    assert torch.equal(features.in_fixed_batches(network, PICTURES, 8), PICTURES.flatten(1).float())
+    assert [len(batch) for batch in seen] == [8, 8, 8] and not seen[2][5:].any()
+    places = [PICTURES[first].data_ptr() for first in (0, 8, 16)]
+    assert [batch.data_ptr() == place for batch, place in zip(seen, places, strict=True)] == [True, True, False]
 
 
 def test_figures_do_not_depend_on_the_batch_size(script, kl):

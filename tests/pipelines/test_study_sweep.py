@@ -13,6 +13,7 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from ldm import metrics
+from ldm.autoencoder import Autoencoder
 from ldm.classifier import Classifier
 from ldm.config import RequestError, parse
 from ldm.digits import load_digit_pictures, write_digit_shards
@@ -23,9 +24,11 @@ from ldm.plan import SamplerConfig
 from ldm.snapshot import read_snapshot
 from ldm.storage import write_json
 from pipelines.study import sweep
+from pipelines.study.drawing import draw_all
 from pipelines.study.sweep import SweepConfig
 from tests.commands import kill_when
 from tests.ldm.extractors import Means, write_script
+from tests.pictures import image_shard, samples
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 from tests.pipelines.training import tracked
 
@@ -112,18 +115,78 @@ class TestCombinations:
 def test_what_is_wrong_is_told_before_any_work(place: Path, tmp_path: Path) -> None:
     write_tiny_snapshot(tmp_path / "blank", Conditioning())
     blank = str(tmp_path / "blank")
+    bare = samples(3)
+    for sample in bare:
+        del sample.members["cls"]
+    image_shard(tmp_path / "bare.tar", bare)
+    (tmp_path / "text.tar").write_text("no tar" * 200)
+    own = write_tiny_snapshot(tmp_path / "own")
+    about = json.loads((tmp_path / "own" / "snapshot.json").read_text())
+    write_json(f"{own}/snapshot.json", about | {"denoiser": about["denoiser"] | {"type": "custom"}})
     for changes, line in [
         ({"snapshot": blank, "features": "classifier"}, "features=classifier: the model is unconditional"),
         ({"features": "no.pt"}, r"features=\S*no\.pt: is not there"),
         ({"features": "inception"}, r"features=\S*inception: is none"),
         ({"snapshot": blank, "guidance_scale": "3"}, "guidance_scale=3.0: the model is unconditional; must be 1"),
         ({"reference": f"{place}/nothing.tar"}, "reference=.*nothing.tar: does not exist"),
+        ({"reference": f"{tmp_path}/text.tar"}, "reference=.*text.tar: is no whole tar"),
+        (
+            {"reference": f"{tmp_path}/bare.tar", "features": "classifier"},
+            "features=classifier: reference=.*bare.tar has pictures without a label; give features=vae",
+        ),
+        ({"snapshot": own}, "denoiser_type=null: .*own was trained with a class of its own; give"),
+        ({"snapshot": own, "denoiser_type": "absent:Class"}, "denoiser_type=absent:Class: cannot import absent"),
+        ({"snapshot": own, "denoiser_type": "absent"}, "denoiser_type=absent: is no denoiser"),
         ({"steps": "ten"}, "steps=ten: input should be a valid integer"),
         ({"steps": []}, r"steps=\[\]: "),
     ]:
         with pytest.raises(RequestError, match=f"^{line}"):
             sweep.plan(config(place, tmp_path / "out", **changes))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_that_is_not_there_is_told_before_any_work(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="^device=cuda: the cluster has no GPU"):
+        sweep.plan(config(place, tmp_path / "out", device="cuda"))
+
+
+def test_a_request_can_be_mended_until_there_is_an_arm(place: Path, tmp_path: Path) -> None:
+    first = sweep.plan(config(place, tmp_path, features="classifier")).arms
+    first.claim("run-7")
+    mended = sweep.plan(config(place, tmp_path, features="vae")).arms
+    assert mended.run_id == "run-7"
+    mended.claim("run-7")
+    mended.finish("ddim-eta0-g1-s3", {})
+    with pytest.raises(RequestError, match=r"another request \(features: vae != classifier\)"):
+        sweep.plan(config(place, tmp_path, features="classifier"))
+
+
+def test_seconds_compare_on_one_device_and_number_of_threads(place: Path, tmp_path: Path) -> None:
+    todo = sweep.plan(config(place, tmp_path, sampler="ddim"))
+    timed = [("cpu", 2, 1.0, 5.0), ("cpu", 2, 2.0, 6.0), ("H100", 8, 0.1, 4.0), ("H100", 8, 0.2, 3.0)]
+    for (name, settings), (device, threads, seconds, fd) in zip(todo.cells.items(), timed, strict=True):
+        measured = {"seconds_per_picture": seconds, "fd": fd, "fd_low": fd, "fd_high": fd, "floor": 1.0}
+        where = {"device": device, "threads": threads, "features": "fd-vae"}
+        todo.arms.finish(name, {**sweep._settings(settings), **measured, **where})
+    rows = sweep._rows(todo)
+    assert [row["name"] for row in rows if not row["pareto"]] == ["ddim-eta0-g1-s5"]  # the slower and worse of the CPU
+    fronts = {key: value for key, value in sweep._summary(rows).items() if key.startswith("front")}
+    assert fronts == {
+        "front (H100, 8 threads)": "ddim-eta1-g1-s3, ddim-eta1-g1-s5",
+        "front (cpu, 2 threads)": "ddim-eta0-g1-s3",
+    }
+    assert set(sweep._plots(rows)) == {"steps.png", "seconds.png", "seconds-2.png"}
+
+
+@pytest.mark.ray
+def test_workers_have_ones_own_network_and_tell_what_is_wrong(ray_session: None, place: Path, tmp_path: Path) -> None:
+    own = str(write_script(Means(), tmp_path / "means.pt"))
+    asked = config(place, tmp_path / "out", features=own, num_images=4, steps="1", eta="0", sampler="ddim")
+    (row,) = sweep.run(asked).rows
+    assert row["features"].startswith("fd-means-") and row["fd"] > 0
+    with pytest.raises(RequestError, match=r"^snapshot=nowhere: is no snapshot"):
+        list(draw_all({"one": SamplerConfig(num_inference_steps=1)}, "nowhere", asked, None))
 
 
 @pytest.mark.ray
@@ -197,18 +260,30 @@ def _assert_the_figure_is_that_of_the_pictures(place: Path, rows: list[dict[str,
     labels = resolve_labels(None, snapshot.conditioning, 12)
     pixels = sampler.draw(labels, torch.arange(12), SamplerConfig(num_inference_steps=3, eta=1))
     todo = sweep.plan(config(place, place / "nothing"))
-    quality = sweep.make_quality(
-        config(place, place / "nothing"), todo.shards, snapshot, lambda: snapshot.load_autoencoder("cpu")
-    )
+    quality = sweep.make_quality(config(place, place / "nothing"), todo.shards, snapshot, snapshot.load_autoencoder)
     assert row["features"] == quality.name and row["floor"] == pytest.approx(quality.floor)
     assert row["fd"] == pytest.approx(quality.figures(pixels, labels)["fd"], rel=1e-3)
     assert 0 < quality.floor < row["fd"]
 
 
+def test_figures_are_taken_on_the_device_that_is_asked_for(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot, devices = read_snapshot(str(place / "snapshot")), list[str]()
+
+    def load(device: str) -> Autoencoder:
+        devices.append(device)
+        return snapshot.load_autoencoder("cpu")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for device in ("cpu", "auto"):
+        asked = config(place, place / "nothing", device=device)
+        sweep.make_quality(asked, sweep.plan(asked).shards, snapshot, load)
+    assert devices == ["cpu", "cuda"]
+
+
 def test_a_network_of_ones_own_gives_the_features(place: Path, tmp_path: Path) -> None:
     asked = config(place, place / "nothing", features=str(write_script(Means(), tmp_path / "means.pt")))
     snapshot = read_snapshot(asked.snapshot)
-    quality = sweep.make_quality(asked, sweep.plan(asked).shards, snapshot, lambda: snapshot.load_autoencoder("cpu"))
+    quality = sweep.make_quality(asked, sweep.plan(asked).shards, snapshot, snapshot.load_autoencoder)
     assert quality.name.startswith("fd-means-")
     pixels = load_digit_pictures()[0][:50]
     own = metrics.frechet_contributions(Means()(pixels)[0], quality.train).mean().detach()
@@ -219,7 +294,7 @@ def test_the_classifier_counts_what_it_reads_right(place: Path) -> None:
     pixels, labels = load_digit_pictures()
     asked = config(place, place / "nothing", features="classifier", max_reference=700)
     snapshot = read_snapshot(asked.snapshot)
-    quality = sweep.make_quality(asked, sweep.plan(asked).shards, snapshot, lambda: snapshot.load_autoencoder("cpu"))
+    quality = sweep.make_quality(asked, sweep.plan(asked).shards, snapshot, snapshot.load_autoencoder)
     assert isinstance(quality.features, Classifier)
     good, bad = quality.figures(pixels[:300], labels[:300]), quality.figures(pixels[:300], (labels[:300] + 1) % 10)
     assert good["accuracy_low"] <= good["accuracy"] <= good["accuracy_high"] and good["accuracy"] > 0.9

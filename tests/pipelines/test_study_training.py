@@ -1,6 +1,7 @@
 """Studies that train: arms, done once; what the table says is what was trained; laws are of the points they name."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,15 @@ import pytest
 from PIL import Image
 
 from ldm.config import RequestError, parse
+from ldm.drawing import resolve_device
 from ldm.latents.choice import hashed_between, is_held_out
 from ldm.latents.dataset import LatentDataset
 from ldm.latents.manifest import read_manifest
 from ldm.snapshot import read_snapshot
+from ldm.storage import write_json
 from pipelines.study import latent_vs_pixel, scaling
 from pipelines.study.latent_vs_pixel import LatentVsPixelConfig
-from pipelines.study.laws import fits_of, plots_of, points_of
+from pipelines.study.laws import _quality, fits_of, plots_of, points_of
 from pipelines.study.outcome import StudyReport
 from pipelines.study.scaling import ScalingConfig
 from pipelines.train.record import validations
@@ -95,6 +98,35 @@ class TestLatentVsPixel:
         with pytest.raises(RequestError, match=r"^output=.*another request \(train_seconds: 0.2 != 1.0\)"):
             latent_vs_pixel.plan(comparing(place, train_seconds=1))
 
+    def test_an_arm_of_other_features_is_measured_again_and_not_trained(
+        self, place: Path, compared: StudyReport, tmp_path: Path
+    ) -> None:
+        """As where another node goes on, whose classifier is another one; here also in another place."""
+        output = tmp_path / "moved"
+        shutil.copytree(place / "compared", output)
+        latent, pixel = compared.rows
+        arm = output / "arms" / "latent-16.json"
+        write_json(str(arm), json.loads(arm.read_text()) | {"features": "fd-classifier-of-another-node"})
+        (output / "arms" / "pixel-16.json").unlink()
+        trained = {file: file.stat().st_mtime_ns for file in output.glob("runs/*/snapshots/*/snapshot.json")}
+        report = latent_vs_pixel.run(comparing(place, output=str(output)))
+        assert report.skipped == 0 and len(trained) == 2
+        assert trained == {file: file.stat().st_mtime_ns for file in output.glob("runs/*/snapshots/*/snapshot.json")}
+        for key in ("features", "fd", "steps", "train_images_per_second", "peak_memory_gb"):
+            assert [row[key] for row in report.rows] == [latent[key], pixel[key]]
+
+    def test_an_arm_that_was_interrupted_in_the_timed_half_begins_anew(
+        self, place: Path, compared: StudyReport, tmp_path: Path
+    ) -> None:
+        output, steps = tmp_path / "interrupted", compared.rows[0]["steps"]
+        shutil.copytree(place / "compared", output)
+        (output / "arms" / "latent-16.json").unlink()
+        speed = output / "speed" / "latent-16.json"
+        write_json(str(speed), json.loads(speed.read_text()) | {"found": steps})  # of 2 x steps, it has one half
+        row, _ = latent_vs_pixel.run(comparing(place, output=str(output))).rows
+        assert row["steps"] == 2 * steps
+        assert len(list(output.glob("runs/latent-16/snapshots/*"))) == 1  # none of the first half
+
 
 def test_what_is_wrong_is_told_before_any_work(place: Path, tmp_path: Path) -> None:
     image_shard(tmp_path / "bare.tar", [_without_label(sample) for sample in samples(3)])
@@ -106,6 +138,8 @@ def test_what_is_wrong_is_told_before_any_work(place: Path, tmp_path: Path) -> N
             "features=classifier: source=.* without a label",
         ),
         ({"source": "nothing.tar"}, "source=nothing.tar: does not exist"),
+        ({"features": "inception"}, "features=inception: is none; give classifier, vae, or a file"),
+        ({"features": f"{tmp_path}/no.pt"}, "features=.*no.pt: is not there"),
         ({"num_inference_steps": 2000}, "num_inference_steps=2000: must be 1 to 1000"),
         ({"denoiser": {"patch_size": 3}}, "denoiser.patch_size=3: "),
     ]:
@@ -114,8 +148,24 @@ def test_what_is_wrong_is_told_before_any_work(place: Path, tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_the_pixels_patch_is_theirs_alone(place: Path) -> None:
-    asked = comparing(place, pixel_patch_size=8)
+def test_scaling_tells_of_a_reference_without_labels_before_any_work(latents: str, tmp_path: Path) -> None:
+    bare = image_shard(tmp_path / "bare.tar", [_without_label(sample) for sample in samples(3)])
+    with pytest.raises(RequestError, match="^features=classifier: reference=.* has pictures without a label"):
+        scaling.plan(growing(latents, tmp_path / "out", reference=bare, features="classifier"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms_of_one_size_are_measured_alike_and_timed_on_one_device(place: Path, tmp_path: Path) -> None:
+    asked = comparing(place, output=str(tmp_path), image_size="16,32", device="auto")
+    planned = latent_vs_pixel.plan(asked)
+    assert planned.arms.request["device"] == planned.config.device == resolve_device("auto")
+    for name, features in [("latent-16", "a"), ("pixel-16", "b"), ("latent-32", "c"), ("pixel-32", "c")]:
+        planned.arms.finish(name, {"features": features})
+    assert planned.done == ["latent-16", "latent-32", "pixel-32"]
+
+
+def test_the_pixels_patch_is_theirs_alone(place: Path, tmp_path: Path) -> None:
+    asked = comparing(place, pixel_patch_size=8, output=str(tmp_path))
     found = {arm.space: latent_vs_pixel.denoiser_of(asked, arm) for arm in latent_vs_pixel.plan(asked).todo}
     assert (found["latent"].patch_size, found["pixel"].patch_size) == (2, 8)
     assert found["latent"].model_copy(update={"patch_size": 8}) == found["pixel"]
@@ -154,6 +204,10 @@ def test_scaling(ray_session: None, latents: str, tmp_path: Path) -> None:
         assert Image.open(tmp_path / "grown" / f"{name}.png").size > (50, 20)
     again = scaling.run(asked)
     assert (again.skipped, again.rows, again.summary) == (1, report.rows, report.summary)
+    # Killed before its row was written: what is trained stays, with its speed.
+    (tmp_path / "grown" / "arms" / f"{row['name']}.json").unlink()
+    again = scaling.run(asked)
+    assert (again.skipped, again.rows, again.summary) == (0, report.rows, report.summary)
 
 
 @pytest.mark.ray
@@ -222,3 +276,12 @@ def test_each_law_is_of_its_points() -> None:
     assert laws["parameters"].b == pytest.approx(0.2, abs=0.01) and laws["parameters"].c == pytest.approx(0.3, abs=0.01)
     assert laws["data"].b == pytest.approx(0.4, abs=0.01)
     assert set(plots_of(rows, laws)) == {"parameters.png", "compute.png", "data.png"}
+
+
+def test_shares_have_names_of_their_own() -> None:
+    rows = [
+        {"name": f"{share}", "fraction": share, "training_flops": 1e9, "fd": 2.0, "floor": 1.0}
+        for share in (0.001, 0.004, 0.07, 0.125, 1.0)
+    ]
+    names = ["0.1% of the data", "0.4% of the data", "7% of the data", "12.5% of the data", "100% of the data"]
+    assert list(_quality(rows)) == [*names, "floor (held-out pictures)"]
