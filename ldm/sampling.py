@@ -58,7 +58,7 @@ class SamplePlan:
 
         A picture that does not start from the noise of its own seed depends on the whole request.
         """
-        keys = {*SamplerConfig.model_fields, "batch_size", "precision", "compile", "task"}
+        keys = {*SamplerConfig.model_fields, "batch_size", "precision", "compile", "task", "denoiser_type"}
         values = config.model_dump(mode="json", include=keys, exclude_none=True)
         values["device"] = resolve_device(config.device)
         if config.task != "generate":

@@ -19,7 +19,7 @@ from ldm.metrics.gaussian import (
     frechet_distance,
     frechet_distance_of_gaussians,
 )
-from ldm.metrics.kernel import kernel_contributions, kernel_distance
+from ldm.metrics.kernel import KernelReference, kernel_distance
 from ldm.metrics.manifold import (
     Manifold,
     ManifoldContributions,
@@ -37,6 +37,7 @@ from ldm.metrics.sliced import SlicedReference, sliced_wasserstein
 
 __all__ = [
     "Gaussian",
+    "KernelReference",
     "Manifold",
     "ManifoldContributions",
     "Neighbours",
@@ -49,7 +50,6 @@ __all__ = [
     "frechet_distance",
     "frechet_distance_of_gaussians",
     "inside_manifold",
-    "kernel_contributions",
     "kernel_distance",
     "knn_precision",
     "knn_recall",

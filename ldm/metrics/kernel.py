@@ -19,37 +19,58 @@ def kernel_distance(features: Tensor, reference: Tensor, subset_size: int = SUBS
     The subsets of a set are cut, by the seed, from a permutation of it, and are as many as the larger set has, at most
     50: those of the smaller one come again. A rest that fills no subset is left out.
     """
-    return float(kernel_contributions(features, reference, subset_size, seed).mean())
+    return float(KernelReference(reference, seed).contributions(features, subset_size).mean())
 
 
-def kernel_contributions(features: Tensor, reference: Tensor, subset_size: int = SUBSET_SIZE, seed: int = 0) -> Tensor:
-    """=> float64 (n,), whose mean is the kernel distance: of the rows of features that are in a subset, in order.
+class KernelReference:
+    """Rows (M, D), M at least 2: what sets of rows are compared with. The seed cuts the subsets of both."""
 
-    A row's number is the distance of its subset plus the row's influence on it, the mean where that comes again.
+    def __init__(self, reference: Tensor, seed: int = 0) -> None:
+        self.rows, self.seed = as_rows(reference), seed
+        self._within: dict[tuple[int, int], Tensor] = {}  # by the size of a subset and its number
+
+    def contributions(self, features: Tensor, subset_size: int = SUBSET_SIZE) -> Tensor:
+        """features (N, D) => float64 (n,), whose mean is the kernel distance: of the rows in a subset, in their order.
+
+        A row's number is the distance of its subset plus the row's influence on it, the mean where that comes again.
+        """
+        a, b = as_rows(features), self.rows
+        size = min(subset_size, len(a), len(b))
+        if size < 2:
+            raise ValueError(f"an unbiased kernel distance needs at least 2 rows of each set, not {size}")
+        of_a, of_b = _subsets(len(a), size, self.seed), _subsets(len(b), size, self.seed + 1)
+        near_own = [_near_own(a[rows]) for rows in of_a]
+        rounds = max(1, min(MAX_SUBSETS, len(of_b)) // len(of_a))  # each row of a as often as any other
+        found = torch.zeros(len(a), dtype=torch.float64)
+        for number in range(rounds * len(of_a)):
+            mine, other = number % len(of_a), number % len(of_b)
+            near_other = _kernel(a[of_a[mine]], b[of_b[other]]).mean(1)
+            found[of_a[mine]] += _influence(near_own[mine], near_other, self._own(of_b[other], other)) / rounds
+        return found[torch.cat(of_a).sort().values]
+
+    def _own(self, subset: Tensor, number: int) -> Tensor:
+        """The mean kernel between two rows of the subset, kept: all sets of one size meet the same subsets."""
+        key = len(subset), number
+        if key not in self._within:
+            self._within[key] = _near_own(self.rows[subset]).mean()
+        return self._within[key]
+
+
+def _influence(near_own: Tensor, near_other: Tensor, within_other: Tensor) -> Tensor:
+    """=> (n,), whose mean is the unbiased MMD² of two subsets of n rows.
+
+    Given means of the kernel: of each row with the others of its own subset (n,), with those of the other subset (n,);
+    and of that one within itself.
     """
-    a, b = as_rows(features), as_rows(reference)
-    size = min(subset_size, len(a), len(b))
-    if size < 2:
-        raise ValueError(f"an unbiased kernel distance needs at least 2 rows of each set, not {size}")
-    of_a, of_b = (_subsets(len(rows), size, seed + side) for side, rows in enumerate((a, b)))
-    rounds = max(1, min(MAX_SUBSETS, len(of_b)) // len(of_a))  # each row of a as often as any other
-    found = torch.zeros(len(a), dtype=torch.float64)
-    for number in range(rounds * len(of_a)):
-        rows = of_a[number % len(of_a)]
-        found[rows] += _influence(a[rows], b[of_b[number % len(of_b)]]) / rounds
-    return found[torch.cat(of_a).sort().values]
-
-
-def _influence(a: Tensor, b: Tensor) -> Tensor:
-    """Rows (n, D) of each => (n,), whose mean is the unbiased MMD² of the two."""
-    n = len(a)
-    own_a, own_b, between = _kernel(a, a), _kernel(b, b), _kernel(a, b)
-    near_own = (own_a.sum(1) - own_a.diag()) / (n - 1)
-    near_other = between.mean(1)
-    within_b = (own_b.sum() - own_b.trace()) / (n * (n - 1))
-    distance = near_own.mean() + within_b - 2 * near_other.mean()
+    distance = near_own.mean() + within_other - 2 * near_other.mean()
     influence = 2 * (near_own - near_other)
     return distance + influence - influence.mean()
+
+
+def _near_own(rows: Tensor) -> Tensor:
+    """Rows (n, D) => (n,), the mean kernel of each with the others."""
+    own = _kernel(rows, rows)
+    return (own.sum(1) - own.diag()) / (len(rows) - 1)
 
 
 def _kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ from ldm import storage
 _FILE = "request.json"
 
 
-def forget(output: str) -> None:
-    """Before anything of another evaluation is written there."""
-    storage.remove(storage.join(output, _FILE))
+def forget(output: str, request: dict[str, Any] | None, files: Sequence[str]) -> None:
+    """Removes what another evaluation left there, its `files` too: they are not of the pictures that come now."""
+    if request is not None and _known(output).get("request") == request:
+        return
+    for name in (_FILE, *files):
+        storage.remove(storage.join(output, name))
 
 
 def keep(output: str, request: dict[str, Any] | None, report: dict[str, Any]) -> None:
@@ -21,15 +24,18 @@ def keep(output: str, request: dict[str, Any] | None, report: dict[str, Any]) ->
 
 def kept(output: str, request: dict[str, Any] | None, needs: Sequence[str]) -> dict[str, Any] | None:
     """The report of an evaluation that was asked the same, if the files that it `needs` are there; else None."""
-    url = storage.join(output, _FILE)
-    if request is None or not storage.exists(url):
-        return None
-    try:
-        known = storage.read_json(url)
-    except ValueError:  # damaged: it is done again
-        return None
-    if not isinstance(known, dict) or known.get("request") != request:
+    known = _known(output)
+    if request is None or known.get("request") != request:
         return None
     whole = all(storage.exists(storage.join(output, name)) for name in needs)
     report: dict[str, Any] | None = known.get("report")
     return report if whole else None
+
+
+def _known(output: str) -> dict[str, Any]:
+    """Empty where nothing is kept, or it is damaged: then it is done again."""
+    try:
+        known = storage.read_json(storage.join(output, _FILE))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}

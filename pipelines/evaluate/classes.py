@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ldm import metrics
 from ldm.classifier import Classifier
-from pipelines.evaluate.measures import NEIGHBOURS, compared, equal_rows
+from pipelines.evaluate.measures import EQUAL, FLOOR, NEIGHBOURS, SAMPLES, Sets, Sides
 from pipelines.evaluate.reference import Pictures, Reference
 
 WORST = {"accuracy": min, "recall_ratio": min, "fd_part": max, "nearest_train": min}
@@ -24,10 +24,15 @@ class ClassFigures:
     by_class: list[dict[str, Any]]
 
 
-def conditional_accuracy(samples: Pictures, reference: Reference, classifier: Classifier, seed: int) -> ClassFigures:
-    """Share of the samples that the classifier reads as the class asked for, beside its own held-out accuracy."""
+def conditional_accuracy(
+    samples: Pictures, predicted: Tensor, reference: Reference, classifier: Classifier, seed: int
+) -> ClassFigures:
+    """Share of the samples that the classifier reads as the class asked for, beside its own held-out accuracy.
+
+    predicted: int64 (N,), what it reads the samples as.
+    """
     assert samples.labels is not None and reference.holdout.labels is not None
-    right = (classifier.predict(samples.pixels) == samples.labels).double()
+    right = (predicted == samples.labels).double()
     low, high = metrics.mean_interval(right, seed=seed)
     rows = class_means("accuracy", right, samples.labels)
     figures = {
@@ -40,28 +45,26 @@ def conditional_accuracy(samples: Pictures, reference: Reference, classifier: Cl
     return ClassFigures(figures, rows)
 
 
-def class_recall(samples: Pictures, reference: Reference, seed: int) -> ClassFigures:
-    """Within-class recall (k = 5, pixels) of samples, and of equally many held-out pictures as the floor.
+def class_recall(sets: Sets, pixels: Sides, train: Tensor, train_labels: Tensor) -> ClassFigures:
+    """Within-class recall (k = 5) of samples, and of equally many held-out pictures as the floor.
+
+    pixels, train: rows of the sets and of the training pictures, as `measures.compared` gives them.
 
     recall_ratio is the mean recall over the mean floor; recall_ratio_worst_class the least of one class. Classes
     with too few pictures to span a manifold are left out; nothing is said where none is left.
     """
-    train = reference.train
-    sample_rows, holdout_rows = equal_rows(samples, reference.holdout, seed)
-    drawn, held_out = samples.take(sample_rows), reference.holdout.take(holdout_rows)
-    assert train.labels is not None and drawn.labels is not None and held_out.labels is not None
-    numbers, counts = torch.unique(held_out.labels, return_counts=True)
-    measured = numbers[counts > NEIGHBOURS]
-    real = train.take(torch.isin(train.labels, measured))
-    if not len(real):
+    asked_for, held_labels = sets.pictures[SAMPLES].labels, sets.pictures[FLOOR].labels
+    assert asked_for is not None and held_labels is not None
+    numbers, counts = torch.unique(held_labels, return_counts=True)
+    measured = torch.isin(train_labels, numbers[counts > NEIGHBOURS])
+    if not measured.any():
         return ClassFigures({}, [])
-    assert real.labels is not None
-    pixels = compared(real.pixels)
+    real, real_labels = train[measured], train_labels[measured]
     recalls, floors = (
-        metrics.within_class_recall(pixels, real.labels, compared(a.pixels), b, NEIGHBOURS)
-        for a, b in ((drawn, drawn.labels), (held_out, held_out.labels))
+        metrics.within_class_recall(real, real_labels, rows, labels, NEIGHBOURS)
+        for rows, labels in ((pixels[EQUAL], asked_for[sets.equal]), (pixels[FLOOR], held_labels))
     )
-    labels = torch.unique(real.labels).tolist()
+    labels = torch.unique(real_labels).tolist()
     rows = [
         {"class": label, "recall": recall, "recall_floor": floor, "recall_ratio": recall / floor if floor else None}
         for label, recall, floor in zip(labels, recalls.tolist(), floors.tolist(), strict=True)

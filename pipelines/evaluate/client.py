@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm.config import RequestError
 
 _MODEL_KEYS = ("name", "snapshot", "step", "weights_sha256")
+_SETTING_KEYS = ("batch_size", "precision", "compile", "device")
 _TRIES = 6
 _PICTURE_WITHIN_S = 1800.0  # the next one, its waiting included
 _DESCRIBE_WITHIN_S = 10.0
@@ -27,7 +28,8 @@ class SamplesClient:
     """A client of one deployment. Raises RequestError where none answers, or it refuses the request.
 
     weights_sha256: of the model that is to draw, where it is served; else the default one. model: what draws (name,
-    snapshot, step, weights_sha256). batch_size: rows in its largest call.
+    snapshot, step, weights_sha256). settings: what a picture depends on there beside what it is asked for: batch_size
+    (rows in the largest call), precision, compile and device; an older server tells the first alone.
     """
 
     def __init__(self, endpoint: str, weights_sha256: str | None = None) -> None:
@@ -35,7 +37,7 @@ class SamplesClient:
         # A deployment on this machine is never reached by way of an HTTP proxy.
         local = urlparse(endpoint).hostname in ("127.0.0.1", "localhost", "::1")
         self._opener = urllib.request.build_opener(*[urllib.request.ProxyHandler({})] * local)
-        self.model, self.batch_size = self._model(weights_sha256)
+        self.model, self.settings = self._model(weights_sha256)
 
     def draw(self, labels: Tensor | None, seeds: Tensor, **settings: Any) -> Iterator[Tensor]:
         """labels, seeds: int64 (N,), labels None for an unconditional model => raw pictures uint8 (3, H, W) in order.
@@ -69,13 +71,15 @@ class SamplesClient:
             if tries:
                 time.sleep(2.0 ** (tries - 2))  # 0.5 s, then twice as long each time
 
-    def _model(self, weights_sha256: str | None) -> tuple[dict[str, Any], int]:
+    def _model(self, weights_sha256: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """(model, settings)"""
         try:
             with self._open("/v1/models", None, _DESCRIBE_WITHIN_S) as answer:
                 about = json.loads(answer.read())
             models, limits = about["models"], about["limits"]  # the default one first
             model = next((model for model in models if model["weights_sha256"] == weights_sha256), models[0])
-            return {key: model[key] for key in _MODEL_KEYS}, int(limits["batch_size"])
+            settings = {key: limits[key] for key in _SETTING_KEYS if key in limits}
+            return {key: model[key] for key in _MODEL_KEYS}, {**settings, "batch_size": int(limits["batch_size"])}
         except (OSError, ValueError, LookupError, TypeError) as error:  # or something else answers
             text = " ".join(str(error).split())[:160]
             raise RequestError(

@@ -144,8 +144,9 @@ def _shards(request: SampleConfig, snapshot: Snapshot, client: SamplesClient | N
     shards = replace(plan(request).shards(request), stage="evaluate")
     if client is None:
         return shards
-    settings = request.model_dump(mode="json", include={*SamplerConfig.model_fields}, exclude_none=True)
-    return replace(shards, settings={**settings, "through": "serve", "batch_size": client.batch_size})
+    keys = {*SamplerConfig.model_fields, "denoiser_type"}
+    settings = request.model_dump(mode="json", include=keys, exclude_none=True)
+    return replace(shards, settings={**settings, "through": "serve", **client.settings})
 
 
 def _claim(shards: SampleShards) -> None:

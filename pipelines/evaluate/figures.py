@@ -39,28 +39,32 @@ def measure(
 ) -> Measured:
     """samples beside the reference. names: of the classes."""
     sets = measures.make_sets(samples, reference, autoencoder, seed)
-    described, pixels = sets.describe(features.features), sets.describe(measures.compared)
-    train, train_pixels = features.features(reference.train.pixels), measures.compared(reference.train.pixels)
+    described, train = sets.describe(features.features), features.features(reference.train.pixels)
     gaussian = metrics.fit_gaussian(train)
-    near_sides = {SAMPLES: pixels[SAMPLES]}
-    if len(reference.holdout):
-        near_sides[FLOOR] = measures.compared(reference.holdout.pixels)
-    near = nearest(near_sides, train_pixels, seed)
+    influence = {side: metrics.frechet_contributions(rows, gaussian) for side, rows in described.items()}
+    held_out = measures.compared(reference.holdout.pixels) if len(reference.holdout) else None
+    pixels, train_pixels = sets.describe(measures.compared, held_out), measures.compared(reference.train.pixels)
+    near_floor = {} if held_out is None else {FLOOR: held_out}  # all of them: the distance does not depend on N
+    near = nearest({SAMPLES: pixels[SAMPLES], **near_floor}, train_pixels, seed)
     figures = [
-        *measures.frechet(described, gaussian, features, seed),
-        *measures.kernel(described, train, features, seed),
+        measures.frechet(influence, features, seed),
+        measures.kernel(described, train, features, seed),
         *measures.manifolds(described, train, features, seed),
         *measures.inception_score(sets, features, seed),
-        *measures.sliced(pixels, train_pixels, seed),
+        measures.sliced(pixels, train_pixels, seed),
         *near.figures,
     ]
     flat = {name: value for figure in figures for name, value in figure.flat().items()}
-    rows = []
+    rows, parts = [], []
     if samples.labels is not None:
-        influence = metrics.frechet_contributions(described[SAMPLES], gaussian)
-        rows += [classes.class_means("fd_part", influence, samples.labels)]
-        rows += [classes.class_means("nearest_train", near.neighbours[SAMPLES].distance, samples.labels)]
-    for part in _by_class(samples, reference, features, seed):
+        rows.append(classes.class_means("fd_part", influence[SAMPLES], samples.labels))
+        rows.append(classes.class_means("nearest_train", near.neighbours[SAMPLES].distance, samples.labels))
+    if isinstance(features, Classifier):
+        predicted = features.classify(described[SAMPLES])
+        parts.append(classes.conditional_accuracy(samples, predicted, reference, features, seed))
+    if samples.labels is not None and reference.train.labels is not None and FLOOR in pixels:
+        parts.append(classes.class_recall(sets, pixels, train_pixels, reference.train.labels))
+    for part in parts:
         flat |= part.metrics
         rows.append(part.by_class)
     return Measured(figures, flat, classes.joined(rows, names), gaussian, near)
@@ -68,19 +72,10 @@ def measure(
 
 def measure_by_statistics(samples: Pictures, gaussian: metrics.Gaussian, features: Features, seed: int = 0) -> Measured:
     """What a mean and a covariance allow: the Fréchet distance, and what needs no reference; no floors."""
-    sets = measures.Sets({SAMPLES: samples}, None)
+    influence = {SAMPLES: metrics.frechet_contributions(features.features(samples.pixels), gaussian)}
     figures = [
-        *measures.frechet(sets.describe(features.features), gaussian, features, seed),
-        *measures.inception_score(sets, features, seed),
+        measures.frechet(influence, features, seed),
+        *measures.inception_score(measures.Sets({SAMPLES: samples}), features, seed),
     ]
     flat = {name: value for figure in figures for name, value in figure.flat().items()}
     return Measured(figures, flat, [], gaussian, None)
-
-
-def _by_class(samples: Pictures, reference: Reference, features: Features, seed: int) -> list[classes.ClassFigures]:
-    parts = []
-    if isinstance(features, Classifier):
-        parts.append(classes.conditional_accuracy(samples, reference, features, seed))
-    if samples.labels is not None and reference.train.labels is not None and len(reference.holdout):
-        parts.append(classes.class_recall(samples, reference, seed))
-    return parts

@@ -64,15 +64,22 @@ class Sets:
     """The pictures whose figures stand side by side.
 
     pictures: SAMPLES, all of them; FLOOR, held-out ones; RECONSTRUCTION, those through the VAE and back. equal: rows of
-    the samples, as many as the floor has and of the same classes.
+    the samples, as many as the floor has and of the same classes. floor: its rows among the held-out pictures.
     """
 
     pictures: dict[str, Pictures]
-    equal: Tensor | None
+    equal: Tensor | None = None
+    floor: Tensor | None = None
 
-    def describe(self, network: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        """network: pixels uint8 (N, 3, H, W) => rows (N, D); the same of each set."""
-        sides = {side: network(pictures.pixels) for side, pictures in self.pictures.items()}
+    def describe(self, network: Callable[[Tensor], Tensor], held_out: Tensor | None = None) -> dict[str, Tensor]:
+        """network: pixels uint8 (N, 3, H, W) => rows (N, D); the same of each set. held_out: rows of all held-out
+        pictures, where there are some already."""
+        sides = {}
+        for side, pictures in self.pictures.items():
+            if side == FLOOR and held_out is not None:
+                sides[side] = held_out[self.floor]
+            else:
+                sides[side] = network(pictures.pixels)
         if self.equal is not None:
             sides[EQUAL] = sides[SAMPLES][self.equal]
         return sides
@@ -82,10 +89,10 @@ def make_sets(samples: Pictures, reference: Reference, autoencoder: Autoencoder,
     """Samples, floor and reconstructions; the latter two only where two pictures were held out."""
     sample_rows, holdout_rows = equal_rows(samples, reference.holdout, seed)
     if len(holdout_rows) < 2:
-        return Sets({SAMPLES: samples}, None)
+        return Sets({SAMPLES: samples})
     floor = reference.holdout.take(holdout_rows)
     rebuilt = Pictures(reconstructed(floor.pixels, autoencoder), floor.labels)
-    return Sets({SAMPLES: samples, FLOOR: floor, RECONSTRUCTION: rebuilt}, sample_rows)
+    return Sets({SAMPLES: samples, FLOOR: floor, RECONSTRUCTION: rebuilt}, sample_rows, holdout_rows)
 
 
 def reconstructed(pixels: Tensor, autoencoder: Autoencoder) -> Tensor:
@@ -102,28 +109,24 @@ def estimate(values: Tensor, count: int, seed: int, transform: Callable[[float],
     return Estimate(transform(float(values.mean())), transform(low), transform(high), count)
 
 
-def figures(values: Callable[[Tensor], dict[str, Tensor]], sides: Sides, seed: int) -> list[Figure]:
-    """values: rows (N, D) of a set => by the name of a figure numbers (n,), whose mean it is."""
-    found = {side: values(rows) for side, rows in sides.items()}
-    return [
-        Figure(name, {s: estimate(found[s][name], len(sides[s]), seed) for s in sides if name in found[s]})
-        for name in found[SAMPLES]
-    ]
+def figure(name: str, values: Sides, seed: int, transform: Callable[[float], float] = float) -> Figure:
+    """values: of each set numbers (n,), one for each picture that counts, the transform of whose mean the figure is."""
+    return Figure(name, {side: estimate(each, len(each), seed, transform) for side, each in values.items()})
 
 
-def frechet(sides: Sides, gaussian: metrics.Gaussian, features: Features, seed: int) -> list[Figure]:
-    """`fd-NAME`, called `fid` only in the features that have that name by right.
+def frechet(contributions: Sides, features: Features, seed: int) -> Figure:
+    """`fd-NAME`, called `fid` only in the features that have that name by right, of `metrics.frechet_contributions`.
 
     The distance falls as a set grows: what compares with the floor and the reconstructions is `_equal_n`.
     """
-    name = "fid" if is_inception(features) else f"fd-{features.name}"
-    return figures(lambda rows: {name: metrics.frechet_contributions(rows, gaussian)}, sides, seed)
+    return figure("fid" if is_inception(features) else f"fd-{features.name}", contributions, seed)
 
 
-def kernel(sides: Sides, train: Tensor, features: Features, seed: int) -> list[Figure]:
+def kernel(sides: Sides, train: Tensor, features: Features, seed: int) -> Figure:
     """`kid-NAME`, `kid` in Inception's features: does not depend on N but by chance."""
-    name = "kid" if is_inception(features) else f"kid-{features.name}"
-    return figures(lambda rows: {name: metrics.kernel_contributions(rows, train, seed=seed)}, sides, seed)
+    real = metrics.KernelReference(train, seed)
+    values = {side: real.contributions(rows) for side, rows in sides.items()}
+    return figure("kid" if is_inception(features) else f"kid-{features.name}", values, seed)
 
 
 def manifolds(sides: Sides, train: Tensor, features: Features, seed: int) -> list[Figure]:
@@ -131,32 +134,38 @@ def manifolds(sides: Sides, train: Tensor, features: Features, seed: int) -> lis
     spanning = thinned(train, seed)
     if len(spanning) <= NEIGHBOURS:
         return []
-    real = metrics.Manifold(spanning, NEIGHBOURS)
+    real, drawn = metrics.Manifold(spanning, NEIGHBOURS), {side: thinned(rows, seed) for side, rows in sides.items()}
+    found = {side: metrics.manifold_contributions(real, rows) for side, rows in drawn.items()}
 
-    def values(rows: Tensor) -> dict[str, Tensor]:
-        found = metrics.manifold_contributions(real, rows)
-        named = {f"{name}-{features.name}": getattr(found, name) for name in ("precision", "density", "coverage")}
-        return named if found.recall is None else named | {f"recall-{features.name}": found.recall}
+    def named(name: str) -> Figure:
+        """Of as many pictures as are drawn, also where the mean is over the real ones."""
+        values = {side: getattr(contributions, name) for side, contributions in found.items()}
+        estimates = {side: estimate(each, len(drawn[side]), seed) for side, each in values.items() if each is not None}
+        return Figure(f"{name}-{features.name}", estimates)
 
-    return figures(values, {side: thinned(rows, seed) for side, rows in sides.items()}, seed)
+    figures = [named(name) for name in ("precision", "density", "coverage", "recall")]
+    return [each for each in figures if SAMPLES in each.sides]
 
 
-def sliced(sides: Sides, train: Tensor, seed: int) -> list[Figure]:
+def sliced(sides: Sides, train: Tensor, seed: int) -> Figure:
     """`sliced_wasserstein` of pixels 0 to 1, squared: needs no network at all."""
     real = metrics.SlicedReference(train, seed)
-    return figures(lambda rows: {"sliced_wasserstein": real.contributions(rows)}, sides, seed)
+    return figure("sliced_wasserstein", {side: real.contributions(rows) for side, rows in sides.items()}, seed)
 
 
 def inception_score(sets: Sets, features: Features, seed: int) -> list[Figure]:
     """`is`, of the network that it is defined with and of no other."""
     if not isinstance(features, Extractor) or not features.is_inception:
         return []
-    values = {}
-    for side, pictures in sets.pictures.items():
-        log_probabilities = features.log_probabilities(pictures.pixels)
-        assert log_probabilities is not None
-        values[side] = metrics.log_score_contributions(log_probabilities)
-    return [Figure("is", {side: estimate(v, len(v), seed, math.exp) for side, v in values.items()})]
+
+    def log_probabilities(pixels: Tensor) -> Tensor:
+        found = features.log_probabilities(pixels)
+        assert found is not None  # for it is Inception
+        return found
+
+    described = sets.describe(log_probabilities)
+    values = {side: metrics.log_score_contributions(rows) for side, rows in described.items()}
+    return [figure("is", values, seed, math.exp)]
 
 
 def is_inception(features: Features) -> bool:
@@ -164,11 +173,11 @@ def is_inception(features: Features) -> bool:
 
 
 def equal_rows(samples: Pictures, holdout: Pictures, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows of both sets, as many of one as of the other: of each class where there are labels."""
+    """Rows of both sets, chosen by the seed, as many of one as of the other: of each class where there are labels."""
     if samples.labels is not None and holdout.labels is not None:
         return metrics.equal_class_counts(samples.labels, holdout.labels, seed)
-    rows = torch.arange(min(len(samples), len(holdout)))
-    return rows, rows
+    a, b = (torch.zeros(len(pictures), dtype=torch.int64) for pictures in (samples, holdout))  # all of one class
+    return metrics.equal_class_counts(a, b, seed)
 
 
 def thinned(rows: Tensor, seed: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ldm import images, metrics
-from pipelines.evaluate.measures import FLOOR, SAMPLES, Figure, Sides, estimate
+from pipelines.evaluate.measures import FLOOR, SAMPLES, Figure, Sides, figure
 from pipelines.evaluate.reference import Pictures, Reference
 
 _PAIRS = 10
@@ -33,13 +33,15 @@ def nearest(sides: Sides, train: Tensor, seed: int) -> Nearest:
     trained on. memorised: share of the samples that are closer to a training picture, by `Neighbours.closeness`, than
     all but 1% of the held-out pictures are; the floor is thus about 0.01.
     """
-    found = {side: metrics.nearest_neighbours(rows, train) for side, rows in sides.items()}
-    each = {side: estimate(near.distance, len(near.distance), seed) for side, near in found.items()}
-    figures = [Figure("nearest_train", each)]
+    together = metrics.nearest_neighbours(torch.cat([*sides.values()]), train)  # train is large: one way through it
+    counts = [len(rows) for rows in sides.values()]
+    parts = zip(*(each.split(counts) for each in (together.distance, together.row, together.closeness)), strict=True)
+    found = {side: metrics.Neighbours(*part) for side, part in zip(sides, parts, strict=True)}
+    figures = [figure("nearest_train", {side: near.distance for side, near in found.items()}, seed)]
     if FLOOR in found:
         rare = found[FLOOR].closeness.quantile(_RARE)
         close = {side: (near.closeness <= rare).double() for side, near in found.items()}
-        figures.append(Figure("memorised", {side: estimate(v, len(v), seed) for side, v in close.items()}))
+        figures.append(figure("memorised", close, seed))
     return Nearest(figures, found)
 
 

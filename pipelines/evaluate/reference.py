@@ -16,7 +16,7 @@ from ldm.latents.writer import sample_id
 from ldm.shards import RawSample
 from ldm.snapshot import Snapshot
 from ldm.sources import InputShard, find_shards
-from pipelines.progress import Progress, say
+from pipelines.progress import Progress, counted, say
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,15 @@ class Pictures:
 class Reference:
     """What the model was trained on, and what it never saw. skipped: samples that hold no readable picture.
 
-    train_names: SHARD/KEY of each training picture.
+    train_names: SHARD/KEY of each training picture. unlabelled: pictures without a label; where there are any, none has
+    one here.
     """
 
     train: Pictures
     holdout: Pictures
     skipped: int
     train_names: tuple[str, ...] = ()
+    unlabelled: int = 0
 
 
 def find_reference(source: str | Sequence[str], key: str = "reference") -> tuple[dict[str, InputShard], dict[str, int]]:
@@ -60,12 +62,12 @@ def find_reference(source: str | Sequence[str], key: str = "reference") -> tuple
 
 
 def read_reference(
-    inputs: Mapping[str, InputShard], snapshot: Snapshot, holdout: float, max_pictures: int
+    inputs: Mapping[str, InputShard], snapshot: Snapshot, holdout: float, max_pictures: int, label: str = "cls"
 ) -> Reference:
     """Reads shards (by name) in the order given, prepared as the snapshot's own pictures were.
 
-    A picture is held out by the hash of its id, as in training. Raises RequestError where there is none, or a
-    label that the model does not have.
+    label: what holds the class number, as `ldm encode` was told. A picture is held out by the hash of its id, as in
+    training. Raises RequestError where there is none, or a label that the model does not have.
     """
     shape, background = snapshot.picture_shape(), tuple(snapshot.fingerprint["pictures"]["background"])
     pixels: list[npt.NDArray[np.uint8]] = []
@@ -75,21 +77,31 @@ def read_reference(
             say(f"evaluate: the first {max_pictures:,} reference pictures are used (max_reference)")
             break
         try:
-            label = sample.label
+            number = sample.label_from(label)
             decoded, _ = images.decode(sample.picture or b"", shape, background)
         except (images.BadPicture, ValueError):  # ValueError: a label that is no number
             skipped += 1
             continue
         pixels.append(decoded)
-        labels.append(-1 if label is None else label)
+        labels.append(-1 if number is None else number)
         ids.append(sample_id(name, sample.key))
         names.append(f"{name}/{sample.key}")
     if not pixels:
         raise RequestError(f"reference={next(iter(inputs.values())).url}: holds no readable picture; give image shards")
-    pictures = Pictures(torch.from_numpy(np.stack(pixels)), _checked_labels(labels, snapshot))
-    held_out = torch.from_numpy(is_held_out(np.array(ids, np.int64), holdout))
-    train_names = tuple(name for name, held in zip(names, held_out.tolist(), strict=True) if not held)
-    return Reference(pictures.take(~held_out), pictures.take(held_out), skipped, train_names)
+    if skipped:
+        say(f"evaluate: {counted(skipped, 'sample')} of the reference left out: no readable picture, or a broken label")
+    known, held_out = _checked_labels(labels, snapshot), is_held_out(np.array(ids, np.int64), holdout)
+
+    def side(rows: npt.NDArray[np.intp]) -> Pictures:
+        # Straight from the list: one array of all, which both sides are taken from, would hold the pictures once more.
+        part = np.empty((len(rows), 3, *shape), np.uint8)
+        for place, row in enumerate(rows):
+            part[place] = pixels[row]
+        return Pictures(torch.from_numpy(part), None if known is None else known[torch.from_numpy(rows)])
+
+    train, held = np.flatnonzero(~held_out), np.flatnonzero(held_out)
+    unlabelled = labels.count(-1) if snapshot.conditioning.num_classes else 0
+    return Reference(side(train), side(held), skipped, tuple(names[row] for row in train), unlabelled)
 
 
 def _samples(inputs: Mapping[str, InputShard]) -> Iterator[tuple[str, RawSample]]:

@@ -25,8 +25,8 @@ from pipelines.progress import say
 from pipelines.tracking import Tracker, TrackingConfig
 
 _SAVED = ".safetensors"
-_GRID, _REPORT = "grid.png", "report.json"
-_SETTINGS = {"num_images", "seed", "holdout", "max_reference", *SamplerConfig.model_fields}
+_GRID, _NEAREST, _REPORT = "grid.png", "nearest.png", "report.json"
+_SETTINGS = {"num_images", "seed", "holdout", "max_reference", "label", *SamplerConfig.model_fields}
 
 
 class EvaluateConfig(DrawingConfig):
@@ -50,6 +50,9 @@ class EvaluateConfig(DrawingConfig):
         0.1, ge=0, lt=1, description="share of the reference, by a hash of the id, that training held out too"
     )
     max_reference: int = Field(20_000, gt=1, description="reference pictures read at most, the first ones")
+    label: str = Field(
+        "cls", description="what holds the reference's class number: a member's extension, or json.FIELD, as of encode"
+    )
     tracking: TrackingConfig = TrackingConfig()
 
 
@@ -112,9 +115,10 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
     """
     todo = plan(config)
     client = connect(config, todo.snapshot, endpoint)
+    request = _request(config, todo)
     reference = _read_reference(config, todo)
     name, folder = f"evaluate/{storage.name(config.snapshot)}", storage.join(config.output, "tracking")
-    asked.forget(config.output)  # what is there is about to be that of this request
+    asked.forget(config.output, request, (_REPORT, _GRID, _NEAREST))
     with Tracker(config.tracking, name, config, folder=folder) as tracker:
         tracker.used_model(todo.snapshot)
         tracker.dataset(lineage.image_dataset(todo.sizes), "reference")
@@ -129,7 +133,7 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
         say(report.table(measured))
         pages = {_GRID: report.grid(samples, reference, todo.snapshot)}
         if measured.nearest:
-            pages["nearest.png"] = pairs_grid(measured.nearest, samples, reference)
+            pages[_NEAREST] = pairs_grid(measured.nearest, samples, reference)
         settings = config.model_dump(include=_SETTINGS)
         document = report.document(settings, todo.snapshot, reference, features, measured)
         for page, picture in pages.items():
@@ -149,7 +153,7 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
         report=storage.join(config.output, _REPORT),
         images_per_second=round(rate, 2),
     )
-    asked.keep(config.output, _request(config, todo), asdict(done))
+    asked.keep(config.output, request, asdict(done))
     return done
 
 
@@ -158,15 +162,25 @@ def finished(config: EvaluateConfig) -> EvaluateReport | None:
 
     Writes nothing. Raises RequestError.
     """
-    kept = asked.kept(config.output, _request(config, plan(config)), needs=(_GRID, _REPORT))
+    todo = plan(config)
+    kept = asked.kept(config.output, _request(config, todo), needs=(_GRID, _REPORT))
     if kept is None or kept.keys() != {field.name for field in fields(EvaluateReport)}:
         return None
     if config.tracking.enabled and kept["run_id"] is None:
         return None
-    if config.save_statistics is not None and not storage.exists(config.save_statistics):
+    if config.save_statistics is not None and not _are_saved(config.save_statistics, kept["features"], todo.snapshot):
         return None
     places = {name: storage.join(config.output, file) for name, file in [("grid", _GRID), ("report", _REPORT)]}
     return EvaluateReport(**{**kept, **places, "images_per_second": 0.0})
+
+
+def _are_saved(url: str, features: str, snapshot: Snapshot) -> bool:
+    """Whether statistics in these features, of pictures prepared as the snapshot's are, lie there."""
+    try:
+        read_statistics(url, url).check(url, features, snapshot.fingerprint["pictures"])
+    except RequestError:  # nothing, or something else
+        return False
+    return True
 
 
 def _request(config: EvaluateConfig, todo: EvaluatePlan) -> dict[str, Any] | None:
@@ -175,10 +189,18 @@ def _request(config: EvaluateConfig, todo: EvaluatePlan) -> dict[str, Any] | Non
         return None
     return {
         "snapshot": storage.read_json(storage.join(config.snapshot, "snapshot.json")),
-        "reference": lineage.image_dataset(todo.sizes).digest,
+        "reference": {name: [shard.bytes, shard.etag, _changed(shard)] for name, shard in todo.shards.items()},
         "features": todo.features,
         "settings": config.model_dump(mode="json", include={*_SETTINGS, "through", "batch_size", "denoiser_type"}),
     }
+
+
+def _changed(shard: InputShard) -> int:
+    """Moves when a local file is written anew, be it as large as before: ns, the sum over a folder's files."""
+    if not storage.is_local(shard.url):
+        return 0  # its ETag tells
+    files = [storage.join(shard.url, name) for name in shard.files] or [shard.url]
+    return sum(storage.local_path(file).stat().st_mtime_ns for file in files)
 
 
 def _read_reference(config: EvaluateConfig, todo: EvaluatePlan) -> Reference:
@@ -186,16 +208,25 @@ def _read_reference(config: EvaluateConfig, todo: EvaluatePlan) -> Reference:
     if todo.statistics:
         nothing = Pictures(torch.empty(0, 3, *todo.snapshot.picture_shape(), dtype=torch.uint8), None)
         return Reference(nothing, nothing, 0)
-    reference = read_reference(todo.shards, todo.snapshot, config.holdout, config.max_reference)
+    reference = read_reference(todo.shards, todo.snapshot, config.holdout, config.max_reference, config.label)
     found = f"{len(reference.train)} training and {len(reference.holdout)} held-out pictures"
     if len(reference.train) < 2:
         raise RequestError(f"reference={config.reference}: gives {found}; at least 2 training pictures are needed")
-    unlabelled = reference.train.labels is None
-    if config.features == networks.CLASSIFIER and unlabelled:
-        raise RequestError("features=classifier: the reference holds pictures without a label; give features=vae")
-    if todo.features == networks.CLASSIFIER and not unlabelled and len(reference.holdout) == 0:
+    if reference.unlabelled:
+        _say_without_labels(config, todo, reference)
+    elif todo.features == networks.CLASSIFIER and len(reference.holdout) == 0:
         raise RequestError(f"holdout={config.holdout}: gives {found}; give a larger share, or more pictures")
     return reference
+
+
+def _say_without_labels(config: EvaluateConfig, todo: EvaluatePlan, reference: Reference) -> None:
+    """Raises RequestError where labels are needed."""
+    every = len(reference.train) + len(reference.holdout)
+    lack = f"{reference.unlabelled:,} of {every:,} reference pictures have no label (label={config.label})"
+    if config.features == networks.CLASSIFIER:
+        raise RequestError(f"features=classifier: {lack}; give features=vae, or the label that ldm encode was given")
+    instead = "in vae, without accuracy" if todo.features == networks.CLASSIFIER else "without recall by class"
+    say(f"evaluate: {lack}: measured {instead}")
 
 
 def _measure(

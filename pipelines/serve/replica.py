@@ -111,6 +111,9 @@ class Replica:
                 "max_steps": config.max_steps,
                 "batch_size": self._default.engine.capacity,
                 "deadline_s": config.deadline_s,
+                "precision": config.precision,
+                "compile": config.compile,
+                "device": self.device,
             },
             "waiting": self.waiting,
         }

@@ -2,8 +2,9 @@
 
     python tests/bench/bench_evaluate.py SNAPSHOT REFERENCE [FEATURES [NUM_IMAGES [STEPS]]]       two cores, minutes
 
-FEATURES: vae (the default) or a network's file. Pictures are drawn in this process, as `ldm sample` draws them, so that
-no server's start counts as sampling. Asked: measuring, features and reconstructions included, under 10% of drawing.
+FEATURES: vae (the default), classifier or a network's file. Pictures are drawn in this process, as `ldm sample` draws
+them, so that no server's start counts as sampling. Asked: measuring, features and reconstructions included, under 10%
+of drawing.
 """
 
 import sys
@@ -19,9 +20,10 @@ from ldm.features import VaeFeatures, load_extractor
 from ldm.plan import SamplerConfig
 from ldm.snapshot import read_snapshot
 from ldm.sources import find_shards
-from pipelines.evaluate import measures
+from pipelines.evaluate import classes, measures
 from pipelines.evaluate.measures import FLOOR, SAMPLES
 from pipelines.evaluate.memory import nearest
+from pipelines.evaluate.networks import CLASSIFIER, VAE, trained_classifier
 from pipelines.evaluate.reference import Pictures, read_reference
 
 T = TypeVar("T")
@@ -46,7 +48,11 @@ def main(snapshot_url: str, source: str, features: str, num_images: int, steps: 
     with torch.inference_mode():
         sampler.draw(labels, seeds[:32], settings)  # warms up
         drawn = timed("drawing", lambda: sampler.draw(labels, seeds, settings))
-    network = VaeFeatures(sampler.autoencoder) if features == "vae" else load_extractor(features, drawn.shape[2:])
+    if features == CLASSIFIER:
+        num_classes = snapshot.conditioning.num_classes
+        network = timed("training the classifier", lambda: trained_classifier(reference, num_classes, 0))
+    else:
+        network = VaeFeatures(sampler.autoencoder) if features == VAE else load_extractor(features, drawn.shape[2:])
     measure(Pictures(drawn.clone(), labels), reference, network, sampler.autoencoder)
     report(len(drawn), len(reference.train))
 
@@ -56,18 +62,26 @@ def measure(samples, reference, network, autoencoder):
     sets = timed("reconstructions", lambda: measures.make_sets(samples, reference, autoencoder, 0))
     sides = timed("features of samples and floors", lambda: sets.describe(network.features))
     train = timed("features of the training pictures", lambda: network.features(reference.train.pixels))
-    pixels, train_pixels = timed("reducing", lambda: (sets.describe(measures.compared), compared(reference.train)))
-    gaussian = metrics.fit_gaussian(train)
-    timed("fréchet", lambda: measures.frechet(sides, gaussian, network, 0))
+    pixels, held_out, train_pixels = timed("reducing", lambda: reduced(sets, reference))
+    timed("fréchet", lambda: frechet(sides, train, network))
     timed("kernel", lambda: measures.kernel(sides, train, network, 0))
     timed("manifolds", lambda: measures.manifolds(sides, train, network, 0))
     timed("sliced", lambda: measures.sliced(pixels, train_pixels, 0))
-    near = {SAMPLES: pixels[SAMPLES], FLOOR: compared(reference.holdout)}
+    near = {SAMPLES: pixels[SAMPLES], FLOOR: held_out}
     timed("nearest", lambda: nearest(near, train_pixels, 0))
+    if samples.labels is not None and reference.train.labels is not None:
+        timed("recall by class", lambda: classes.class_recall(sets, pixels, train_pixels, reference.train.labels))
 
 
-def compared(pictures):
-    return measures.compared(pictures.pixels)
+def reduced(sets, reference):
+    held_out = measures.compared(reference.holdout.pixels)
+    return sets.describe(measures.compared, held_out), held_out, measures.compared(reference.train.pixels)
+
+
+def frechet(sides, train, network):
+    gaussian = metrics.fit_gaussian(train)
+    influence = {side: metrics.frechet_contributions(rows, gaussian) for side, rows in sides.items()}
+    return measures.frechet(influence, network, 0)
 
 
 def report(drawn: int, train: int) -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ldm.classifier import Classifier, _shifted, train_classifier
+from ldm.classifier import Classifier, _network_input, _shifted, train_classifier
 from ldm.digits import load_digit_pictures
 
 pytestmark = pytest.mark.slow
@@ -52,6 +52,19 @@ def test_other_sizes_are_resized(classifier, split):
     larger = pictures.repeat_interleave(2, 2).repeat_interleave(2, 3)
     assert larger.shape[-1] == 64
     assert classifier.accuracy(larger, labels) >= 0.97
+
+
+def test_features_are_classified_as_their_pictures(classifier, split):
+    features = classifier.features(split[2])
+    assert torch.equal(classifier.classify(features), classifier.predict(split[2]))
+
+
+def test_a_picture_is_reduced_to_the_same_bits_beside_any_others():
+    """So training may reduce all of them before the first epoch."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (300, 3, 48, 40), dtype=torch.uint8, generator=generator)
+    rows = torch.randperm(300, generator=generator)[:64]
+    assert torch.equal(_network_input(pictures)[rows], _network_input(pictures[rows]))
 
 
 def test_same_seed_same_weights_and_name(split):

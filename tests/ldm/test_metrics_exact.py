@@ -116,7 +116,16 @@ class TestKernel:
         expected = np.mean([float(poly_mmd(a, b)) for a, b in pairs])
         assert metrics.kernel_distance(drawn, real, 30, seed=7) == pytest.approx(expected, rel=1e-9)
         assert metrics.kernel_distance(drawn, real, 30, seed=8) != metrics.kernel_distance(drawn, real, 30, seed=7)
-        assert len(metrics.kernel_contributions(drawn, real, 30)) == 60  # ten fill no subset
+        assert len(metrics.KernelReference(real).contributions(drawn, 30)) == 60  # ten fill no subset
+
+    def test_one_reference_gives_each_set_what_it_has_alone(self):
+        """Also sets of other sizes, whose subsets are others."""
+        real = correlated(200, 5, 2)
+        together = metrics.KernelReference(real, seed=7)
+        for count in (70, 25, 70, 400):
+            drawn = correlated(count, 5, count, shift=0.5)
+            alone = metrics.KernelReference(real, seed=7).contributions(drawn, 30)
+            assert torch.equal(together.contributions(drawn, 30), alone)
 
     def test_does_not_depend_on_the_number_of_rows(self):
         """For one dimension the kernel's features are x, x², x³ with weights 3, 3, 1: its distance is known."""
@@ -129,7 +138,7 @@ class TestKernel:
 
     def test_the_interval_covers(self):
         real = gaussian_rows(100, 3, 9999, shift=0.5)
-        covered, _ = coverage(lambda seed: gaussian_rows(100, 3, seed), lambda r: metrics.kernel_contributions(r, real))
+        covered, _ = coverage(lambda seed: gaussian_rows(100, 3, seed), metrics.KernelReference(real).contributions)
         assert 0.88 <= covered <= 0.98
 
 
@@ -215,6 +224,15 @@ def test_a_mean_has_the_interval_of_its_bootstrap():
     assert metrics.mean_interval(torch.ones(5)) == (1.0, 1.0)
     with pytest.raises(ValueError, match="at least one value"):
         metrics.mean_interval(torch.zeros(0))
+
+
+@pytest.mark.parametrize(("count", "at_once"), [(1, 10), (7, 3), (300, 2000)])
+def test_a_mean_is_redrawn_as_the_definition_has_it(count, at_once, monkeypatch):
+    monkeypatch.setattr("ldm.metrics.bootstrap._AT_ONCE", at_once)
+    values, generator = gaussian_rows(count, 1, 1).flatten(), np.random.Generator(np.random.Philox(5))
+    means = [values.numpy()[generator.integers(0, count, count)].mean() for _ in range(1000)]
+    expected = np.quantile(means, [0.025, 0.975])
+    assert metrics.mean_interval(values, seed=5) == pytest.approx(tuple(expected), rel=1e-9)
 
 
 def test_what_is_close_is_measured_by_its_surroundings():

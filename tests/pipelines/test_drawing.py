@@ -18,7 +18,7 @@ import torch
 from ldm import images
 from ldm.config import RequestError, validate
 from ldm.digits import write_digit_shards
-from ldm.sampling import SampleConfig, sample
+from ldm.sampling import SampleConfig, plan, sample
 from ldm.snapshot import read_snapshot
 from pipelines.evaluate import EvaluateConfig, evaluate
 from pipelines.evaluate.drawing import DrawingConfig, connect, draw
@@ -142,6 +142,25 @@ class TestThroughServe:
         place = f"{tmp_path}/samples"
         assert f"evaluate: draws anew, for {place} holds those of another request (seed: 7 != 8)\n" in said
         assert "0000000007-0000000014.tar" not in shards(tmp_path / "samples")
+
+    def test_another_deployment_draws_anew(
+        self, url: str, snapshot: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        config = asked(snapshot, tmp_path, endpoint=url, num_images=20, batch_size=1)
+        before = drawn(config)
+        with replica(snapshot, batch_size=8, precision="bf16") as made, serving(local_app(made)) as other:
+            anew = drawn(config.model_copy(update={"endpoint": other}))
+        assert anew.images_per_second > 0 and not torch.equal(anew.pictures.pixels, before.pictures.pixels)
+        assert "holds those of another request (precision: fp32 != bf16)\n" in capfd.readouterr().err
+
+    def test_another_class_of_denoiser_draws_anew(
+        self, url: str, snapshot: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        drawn(asked(snapshot, tmp_path, endpoint=url, num_images=2))
+        drawn(asked(snapshot, tmp_path, endpoint=url, num_images=2, denoiser_type="mine:Other"))
+        assert "holds those of another request (denoiser_type: null != mine:Other)\n" in capfd.readouterr().err
+        mine = SampleConfig(snapshot=snapshot, denoiser_type="mine:Other", **QUICK)
+        assert plan(mine).settings(mine)["denoiser_type"] == "mine:Other"  # so does `ldm sample`, and through=ray
 
     def test_what_somebody_else_drew_there_is_not_removed(self, url: str, snapshot: str, tmp_path: Path) -> None:
         place = {"output": str(tmp_path / "samples"), "format": "webdataset", "num_images": 4}

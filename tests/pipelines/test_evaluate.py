@@ -151,7 +151,9 @@ class TestEvaluate:
         chosen = evaluate(config.model_copy(update={**changes, "features": None}), endpoint)
         assert chosen.metrics == report.metrics
         labelled = config.model_copy(update={**changes, "features": "classifier"})
-        with pytest.raises(RequestError, match=r"features=classifier: the reference holds pictures without a label"):
+        with pytest.raises(
+            RequestError, match=r"^features=classifier: 40 of 40 reference pictures have no label \(label=cls\)"
+        ):
             evaluate(labelled, endpoint)
 
     def test_statistics_stand_for_the_pictures_that_they_are_of(

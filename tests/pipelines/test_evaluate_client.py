@@ -42,6 +42,12 @@ class TestClient:
             assert SamplesClient(url, "1").model["name"] == "other"
             assert SamplesClient(url, "2").model["name"] == "s"  # the default: the caller sees that it is another one
 
+    def test_what_a_picture_depends_on_there_is_told(self) -> None:
+        about = {**json.loads(MODEL), "limits": {"batch_size": 16, "max_images": 4, **PRECISE}}
+        with answering([(200, json.dumps(about).encode()), (200, MODEL)]) as (url, _):
+            assert SamplesClient(url).settings == {"batch_size": 16, **PRECISE}
+            assert SamplesClient(url).settings == {"batch_size": 16}  # of an older server
+
     def test_a_refusal_is_not_tried_again(self) -> None:
         with answering([(200, MODEL), (422, b'{"detail": "eta=2: is too much"}')]) as (url, seen):
             with pytest.raises(RequestError, match=r"^eta=2: is too much$"):
@@ -49,6 +55,7 @@ class TestClient:
             assert len(seen) == 2
 
 
+PRECISE = {"precision": "bf16", "compile": False, "device": "cpu"}
 MODEL = json.dumps(
     {
         "models": [

@@ -19,7 +19,7 @@ from ldm.snapshot import read_snapshot
 from ldm.sources import InputShard, find_shards
 from pipelines.evaluate import EvaluateConfig, plan
 from pipelines.evaluate.reference import Reference, read_reference
-from tests.pictures import write_pictures
+from tests.pictures import samples, write_pictures
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 HOLDOUT = 0.2
@@ -80,6 +80,42 @@ class TestReference:
         assert len(found.holdout) == int(is_held_out(ids, HOLDOUT).sum()) > 0
         assert found.train.labels is not None and found.holdout.labels is not None
         assert torch.cat([found.train.labels, found.holdout.labels]).bincount().tolist() == [30, 30]
+
+    def test_labels_are_read_where_encode_was_told(self, tmp_path: Path, snapshot: str) -> None:
+        content = [
+            shards.RawSample(s.key, {**s.members, "json": f'{{"kind": {s.label}}}'.encode(), "cls": b"9"})
+            for s in samples(12)
+        ]
+        shards.write_shard(str(tmp_path / "shard.tar"), content)
+        inputs = find_shards(str(tmp_path / "shard.tar"))[0]
+        found = read_reference(inputs, read_snapshot(snapshot), 0.0, 100, label="json.kind")
+        assert found.train.labels is not None and found.train.labels.tolist() == [0, 1, 2] * 4
+
+    def test_what_is_left_out_is_said_and_what_has_no_label_counted(
+        self, tmp_path: Path, snapshot: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write_pictures(tmp_path / "shard.tar", labels=[1, None, 3, None, 5])
+        found = read_reference(find_shards(path)[0], read_snapshot(snapshot), 0.0, 10)
+        assert (found.train.labels, found.skipped, found.unlabelled) == (None, 0, 2)
+        assert "left out" not in capfd.readouterr().err
+        broken = [*shards.ShardReader(path), shards.RawSample("torn", {"png": b"no picture"})]
+        broken[0].members["cls"] = b"one"
+        shards.write_shard(path, broken)
+        found = read_reference(find_shards(path)[0], read_snapshot(snapshot), 0.0, 10)
+        assert (len(found.train), found.skipped, found.unlabelled) == (4, 2, 2)
+        said = "evaluate: 2 samples of the reference left out: no readable picture, or a broken label\n"
+        assert said in capfd.readouterr().err
+
+    def test_both_sides_are_the_pictures_of_the_whole(self, digits: Path, snapshot: str) -> None:
+        inputs = find_shards(str(digits / "digits-00000.tar"))[0]
+        whole, split = (read_reference(inputs, read_snapshot(snapshot), share, 50) for share in (0.0, 0.5))
+        assert whole.holdout.pixels.shape == (0, 3, 32, 32) and whole.holdout.labels is not None
+        kept = torch.tensor([name in split.train_names for name in whole.train_names])
+        assert 10 < int(kept.sum()) < 40
+        for part, rows in ((split.train, kept), (split.holdout, ~kept)):
+            expected = whole.train.take(rows)
+            assert torch.equal(part.pixels, expected.pixels)
+            assert part.labels is not None and expected.labels is not None and part.labels.equal(expected.labels)
 
     def test_a_label_that_the_model_does_not_have(self, tmp_path: Path, snapshot: str) -> None:
         path = write_pictures(tmp_path / "shard.tar", labels=[3, 10])

@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 import torch
 
+from ldm import features, metrics
 from ldm.autoencoder import Autoencoder
 from ldm.classifier import Classifier, train_classifier
 from ldm.digits import load_digit_pictures
 from ldm.features import Extractor, VaeFeatures, load_extractor
 from ldm.identity import IdentityAutoencoder
+from ldm.latents.cache import hash_file
 from pipelines.evaluate import classes, measures, memory, report
 from pipelines.evaluate.figures import Measured, measure
+from pipelines.evaluate.measures import EQUAL, FLOOR, RECONSTRUCTION, SAMPLES
 from pipelines.evaluate.reference import Pictures, Reference
-from tests.ldm.extractors import Means, write_script
+from tests.ldm.extractors import InceptionLike, Means, write_script
 
 pytestmark = pytest.mark.slow
 
@@ -166,25 +169,25 @@ def test_the_class_that_drags_a_figure_down_is_named(
     assert mean == pytest.approx(found.metrics[f"fd-{classifier.name}"])
 
 
-def test_one_picture_for_each_class_has_accuracy_and_no_recall(reference: Reference, classifier: Classifier) -> None:
+def test_one_picture_for_each_class_has_accuracy_and_no_recall(
+    reference: Reference, classifier: Classifier, pixels: Autoencoder
+) -> None:
     right = classifier.predict(reference.train.pixels) == reference.train.labels
     collapsed = repeated(reference.train.take(right), 30)
-    accuracy = classes.conditional_accuracy(collapsed, reference, classifier, 0)
-    assert accuracy.metrics["accuracy"] == accuracy.metrics["accuracy_worst_class"] == 1
-    assert [row["class"] for row in accuracy.by_class] == list(range(10))
-    recall = classes.class_recall(collapsed, reference, 0).metrics
-    assert recall["recall_ratio"] < 0.1
-    assert recall["recall_floor"] > 0.3
+    found = measure(collapsed, reference, classifier, pixels)
+    assert found.metrics["accuracy"] == found.metrics["accuracy_worst_class"] == 1
+    assert [row["class"] for row in found.by_class if row["accuracy"] == 1] == list(range(10))
+    assert found.metrics["recall_ratio"] < 0.1
+    assert found.metrics["recall_floor"] > 0.3
 
 
 def test_held_out_pictures_have_their_own_accuracy_and_all_the_recall(
-    reference: Reference, classifier: Classifier
+    reference: Reference, classifier: Classifier, pixels: Autoencoder
 ) -> None:
-    recall = classes.class_recall(reference.holdout, reference, 0).metrics
-    assert recall["recall_ratio"] == recall["recall_ratio_worst_class"] == 1
-    accuracy = classes.conditional_accuracy(reference.holdout, reference, classifier, 0).metrics
-    assert accuracy["accuracy"] == accuracy["classifier_accuracy"] > 0.85
-    assert accuracy["accuracy_low"] <= accuracy["accuracy"] <= accuracy["accuracy_high"]
+    figures = measure(reference.holdout, reference, classifier, pixels).metrics
+    assert figures["recall_ratio"] == figures["recall_ratio_worst_class"] == 1
+    assert figures["accuracy"] == figures["classifier_accuracy"] > 0.85
+    assert figures["accuracy_low"] <= figures["accuracy"] <= figures["accuracy_high"]
 
 
 def test_noise_has_neither(reference: Reference, classifier: Classifier, pixels: Autoencoder) -> None:
@@ -205,6 +208,51 @@ def test_without_held_out_pictures_there_is_no_floor(
     found = measure(reference.holdout, bare, extractor, pixels)
     assert all(set(figure.sides) == {measures.SAMPLES} for figure in found.figures)
     assert "memorised" not in found.metrics
+
+
+def test_the_floor_of_pictures_without_labels_is_chosen_by_the_seed() -> None:
+    few, many = (Pictures(torch.zeros(count, 3, 2, 2, dtype=torch.uint8), None) for count in (20, 200))
+    rows, held_out = measures.equal_rows(few, many, 0)
+    assert rows.tolist() == list(range(20)) and len(held_out) == 20
+    assert held_out.tolist() == sorted(set(held_out.tolist())) != list(range(20))
+    assert torch.equal(measures.equal_rows(few, many, 0)[1], held_out)
+    assert not torch.equal(measures.equal_rows(few, many, 1)[1], held_out)
+    assert torch.equal(measures.equal_rows(many, few, 0)[1], rows)  # nor are the samples the first ones
+    assert measures.equal_rows(many, few, 0)[0].max() > 20
+
+
+def test_a_kernel_distance_counts_the_pictures_in_its_subsets(extractor: Extractor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, drawn, floor = (torch.randn(count, 4, generator=generator) for count in (1200, 1500, 400))
+    sides = measures.kernel({SAMPLES: drawn, FLOOR: floor}, train, extractor, 0).sides
+    assert (sides[SAMPLES].count, sides[FLOOR].count) == (1000, 400)
+
+
+def test_an_inception_score_compares_with_its_floor_at_as_many(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: Reference, unseen: Pictures, pixels: Autoencoder
+) -> None:
+    path = write_script(InceptionLike(), tmp_path / "inception.pt")
+    monkeypatch.setattr(features, "INCEPTION_SHA256", hash_file(path))
+    network = load_extractor(str(path), (32, 32))
+    sets = measures.make_sets(unseen, reference, pixels, 0)
+    (figure,) = measures.inception_score(sets, network, 0)
+    assert set(figure.sides) == {SAMPLES, EQUAL, FLOOR, RECONSTRUCTION}
+    assert figure.sides[EQUAL].count == figure.sides[FLOOR].count < figure.sides[SAMPLES].count == len(unseen)
+    drawn = network.log_probabilities(unseen.pixels[sets.equal])
+    assert drawn is not None
+    assert figure.sides[EQUAL].value == pytest.approx(float(metrics.log_score_contributions(drawn).mean().exp()))
+    assert "is_equal_n" in figure.flat()
+
+
+def test_sets_that_share_a_pass_have_the_neighbours_of_their_own() -> None:
+    generator = torch.Generator().manual_seed(0)
+    train, drawn, floor = (torch.randn(count, 12, generator=generator) for count in (400, 300, 70))
+    near = memory.nearest({SAMPLES: drawn, FLOOR: floor}, train, 0)
+    for side, rows in ((SAMPLES, drawn), (FLOOR, floor)):
+        found, alone = near.neighbours[side], metrics.nearest_neighbours(rows, train)
+        assert torch.equal(found.row, alone.row)
+        assert torch.allclose(found.distance, alone.distance, rtol=1e-12)
+        assert torch.allclose(found.closeness, alone.closeness, rtol=1e-12)
 
 
 def test_the_order_of_the_samples_changes_no_figure(
