@@ -77,7 +77,7 @@ def run_in_shell(command: str, folder: Path, **environment: str) -> str:
     """What it says on stderr. The programs of this environment are found, and nothing of a Ray that runs is known."""
     mine = _fresh(Path.home()) | environment
     command = re.sub(r"^ldm ", f"{shlex.quote(sys.executable)} -m jobs.cli ", command)
-    done = subprocess.run(["bash", "-c", command], cwd=folder, env=mine, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(["bash", "-c", command], cwd=folder, env=mine, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, (command, done.stderr)
     return done.stderr
 
@@ -152,7 +152,8 @@ def test_the_tutorial_ends_on_a_cluster(place: Path, tmp_path: Path) -> None:
         assert requests.post(f"{address}/api/jobs/", json=job, timeout=30).status_code == 401
         command = as_run(submit, **{"http://127.0.0.1:8265": address}) + " device=cpu"
         said = run_in_shell(command, place, HOME=str(tmp_path), LDM_WORKER_LOGS="")
-        assert "token" not in said and "48 = 48 encoded + 0 filtered + 0 quarantined" in said
+        warned = [line for line in said.splitlines() if "token" in line and "RAY_AUTH_MODE=token ray job" not in line]
+        assert not warned and "48 = 48 encoded + 0 filtered + 0 quarantined" in said
     assert (place / "latents-2" / "manifest.json").exists() and not (tmp_path / "planted").exists()
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ldm import storage
 from ldm.autoencoder import load_autoencoder
-from ldm.config import RequestError, differences
+from ldm.config import DamagedError, RequestError, differences
+from ldm.latents import reading
 from ldm.latents.manifest import (
     Manifest,
     fingerprint_hash,
@@ -128,7 +129,11 @@ def _wrong_sums(manifest: Manifest, receipts: tuple[ShardReceipt, ...]) -> Itera
 
 
 def _wrong_mark(manifest: Manifest) -> Iterator[str]:
-    """Of the file that claims the folder for one fingerprint: what `ldm encode` goes by when it goes on."""
+    """Of the files that claim the folder, which `ldm encode` goes by when it goes on."""
+    try:
+        reading.kept(manifest.url)
+    except DamagedError as error:
+        yield str(error)
     mark = storage.join(manifest.url, "fingerprint.json")
     try:
         found = storage.read_json(mark)

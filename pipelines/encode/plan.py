@@ -8,6 +8,7 @@ from typing import Any
 from ldm import shards, storage
 from ldm.autoencoder import Autoencoder, load_autoencoder
 from ldm.config import RequestError, differences
+from ldm.latents import reading
 from ldm.latents.manifest import check_fingerprint, make_fingerprint, read_manifest, read_receipts
 from ldm.latents.receipt import ShardReceipt
 from ldm.latents.writer import estimate_bytes, quarantine_url
@@ -121,21 +122,15 @@ def encoder_size(config: EncodeConfig, nodes: Sequence[Mapping[str, float]]) -> 
     return device, resources, threads
 
 
-def reading(config: EncodeConfig) -> dict[str, Any]:
-    """What is taken of a sample beside its pixels: no latent depends on it, but all shards are to agree."""
+def reading_of(config: EncodeConfig) -> dict[str, Any]:
+    """What is taken of a sample beside its pixels."""
     return config.model_dump(mode="json", include={"label", "caption", "keep_json", "min_size"})
-
-
-def reading_url(destination: str) -> str:
-    """The file that keeps `reading` for the runs that follow."""
-    return storage.join(destination, "reading.json")
 
 
 def check_reading(config: EncodeConfig) -> None:
     """Raises RequestError where shards of this destination were read in another way; older ones do not say."""
-    if not storage.exists(url := reading_url(config.destination)):
-        return
-    if lines := differences(storage.read_json(url), reading(config)):
+    kept = reading.kept(config.destination)
+    if kept is not None and (lines := differences(kept, reading_of(config))):
         raise RequestError(
             f"destination={config.destination}: holds shards that were read in another way ({'; '.join(lines)}); give "
             "another destination, or these keys as they were; `ldm convert` makes other labels, captions and columns"

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from ldm import storage
 from ldm.autoencoder import Autoencoder
 from ldm.config import RequestError
+from ldm.latents import reading
 from ldm.latents.manifest import (
     Manifest,
     check_fingerprint,
@@ -21,7 +22,7 @@ from ldm.latents.receipt import Accounting, ShardReceipt, account, names_in, rec
 from ldm.latents.writer import quarantine_url
 from pipelines import cluster, lineage
 from pipelines.encode.config import EncodeConfig
-from pipelines.encode.plan import EncodePlan, check_cluster, check_reading, mark_url, plan, reading, reading_url
+from pipelines.encode.plan import EncodePlan, check_cluster, check_reading, mark_url, plan, reading_of
 from pipelines.encode.pool import EncoderPool, SetAside
 from pipelines.encode.worker import ShardResult
 from pipelines.progress import Progress, say
@@ -214,7 +215,7 @@ def _claim(config: EncodeConfig, todo: EncodePlan) -> None:
     storage.create(mark_url(destination), storage.to_json(todo.fingerprint))
     # Another run may have come first.
     check_fingerprint(destination, storage.read_json(mark_url(destination)), todo.fingerprint)
-    storage.create(reading_url(destination), storage.to_json(reading(config)))
+    reading.keep(destination, reading_of(config))
     check_reading(config)
     _sweep(destination)
     place = storage.join(destination, "autoencoder")

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from jobs import cli
+from ldm.shards import RawSample
 from tests.pictures import image_shard, samples, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -88,8 +89,15 @@ def test_what_is_there_and_fits_is_not_done_again(
     steps["train"]["learning_rate"] = 0.5
     code, _, said = run(steps, capsys)
     assert code == 2 and tree() == before
-    assert "run: ended in train; the same command goes on there: ldm run pipeline.yaml --json" in said
-    assert "error: output=run: holds a run with other settings (learning_rate: 0.0001 != 0.5)" in said
+    message = "error: pipeline.yaml: train: output=run: holds a run with other settings (learning_rate: 0.0001 != 0.5)"
+    assert said.startswith(message)  # before any step begins
+
+    del steps["train"]["learning_rate"]
+    image_shard(Path("no-pictures.tar"), [RawSample("a", {"cls": b"1"})])
+    steps["evaluate"]["reference"] = "no-pictures.tar"
+    code, _, said = run(steps, capsys)
+    assert code == 2 and "error: reference=" in said and "holds no readable picture" in said
+    assert "run: ended in evaluate; the same command goes on there: ldm run pipeline.yaml --json" in said
 
 
 @pytest.mark.parametrize(

@@ -111,7 +111,7 @@ def submit(cluster: dict[str, str], tmp_path: Path) -> Callable[..., subprocess.
     def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "jobs.cli", "submit", *arguments]
         environment = {**cluster, **changes}
-        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=240)
+        return subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=500)
 
     return run
 
@@ -270,7 +270,7 @@ def test_a_pipeline_of_jobs_skips_in_its_job_what_is_there(
     (tmp_path / "pipeline.yaml").write_text(json.dumps({"encode": keys, "verify": {"level": "quick"}}))
     command = [sys.executable, "-m", "jobs.cli", "run", "pipeline.yaml", "--json", "--address", cluster["RAY_ADDRESS"]]
     for skipped in (False, True):
-        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=cluster, timeout=240)
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=cluster, timeout=500)
         assert done.returncode == 0, done.stderr
         encode, verify = json.loads(done.stdout)["steps"]
         assert (encode["step"], encode["skipped"], encode["report"]["encoded"]) == ("encode", skipped, 5)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 from ldm import storage
 from ldm.autoencoder import Autoencoder
 from ldm.images import PictureRules
+from ldm.latents import reading
 from ldm.latents.manifest import (
     FORMAT,
     TABLES,
@@ -34,6 +35,7 @@ def whole_dataset(url: str, autoencoder: Autoencoder) -> str:
     fingerprint = make_fingerprint(autoencoder, PictureRules((4, 8), flip=True).fingerprint(), "moments", "float32")
     autoencoder.save(storage.join(url, "autoencoder"))
     storage.write_json(storage.join(url, "fingerprint.json"), fingerprint)
+    reading.keep(url, {"label": "cls"})
     made = fingerprint_hash(fingerprint)
     receipts = [_shard(url, name, made, range(5), refused=("broken", "small")) for name in ("one", "two")]
     receipts.append(_shard(url, "one", made, range(50, 51), attempt=1))

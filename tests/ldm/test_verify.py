@@ -103,6 +103,7 @@ QUICK = [
     ("generations/HASH.receipts.parquet", "does not have the hash that its manifest names"),
     ("generations/HASH.shards.parquet", "does not have the hash that its manifest names"),
     ("fingerprint.json", "fingerprint.json: is not that of the generation"),
+    ("reading.json", "reading.json: is damaged; its sha256 is not the one that it names"),
 ]
 
 

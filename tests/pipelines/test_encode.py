@@ -254,7 +254,7 @@ def test_another_way_of_making_is_refused_with_what_differs(whole, source, vae, 
     [
         ({"label": "json.class"}, "label: cls != json.class"),
         ({"caption": "json.title"}, "caption: txt != json.title"),
-        ({"keep_json": ("score",)}, "keep_json: [] != ['score']"),
+        ({"keep_json": ("score",)}, 'keep_json: [] != ["score"]'),
         ({"min_size": 8}, "min_size: 0 != 8"),
     ],
 )

@@ -85,7 +85,7 @@ def test_the_driver_killed_again_and_again(whole: dict[str, bytes], images: Path
     destination, moments = tmp_path / "latents", random.Random(7)
     killed = [kill_driver(images, destination, vae, moments.uniform(0, 0.4)) for _ in range(3)]
     assert any(killed)
-    subprocess.run(command(images, destination, vae), env=environment(), check=True, timeout=200)
+    subprocess.run(command(images, destination, vae), env=environment(), check=True, timeout=500)
     deadline = time.monotonic() + 30  # until the last writer of a killed run is gone
     while (found := settle(destination, images, vae)) != whole and time.monotonic() < deadline:
         time.sleep(1)
@@ -173,7 +173,7 @@ def test_a_node_that_comes_and_dies(ray_session: None, images: Path, vae: str, t
     script, destination = tmp_path / "nodes.py", tmp_path / "latents"
     script.write_text(NODES)
     arguments = [sys.executable, str(script), str(images), str(destination), vae]
-    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=250)
+    done = subprocess.run(arguments, env=environment(), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0 and "added and killed" in done.stdout, done.stderr[-3000:]
     assert "failed, try 2 follows" in done.stderr
     encode(config(str(images), destination, vae, image_size=192))  # which clears away what the dead node left
@@ -252,7 +252,7 @@ def test_an_object_store_that_fails(images: Path, vae: str, s3: str, chaos_s3: C
             env=environment() | {"LDM_CACHE": str(tmp_path / "cache")},
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=500,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         assert json.loads(done.stdout)["encoded"] == 228

@@ -77,7 +77,7 @@ def test_two_nodes_of_which_one_dies(tmp_path: Path) -> None:
     script = tmp_path / "nodes.py"
     script.write_text(NODES)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=250)
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
     host = os.uname().nodename
