@@ -410,7 +410,9 @@ def test_what_is_served_is_described(served: Replica, snapshot: str) -> None:
     assert (model["step"], model["images_seen"], model["image_size"]) == (30, 960, 32)
     assert (model["num_classes"], model["classes"], model["guidance"]) == (10, list(NAMES), True)
     assert model["samplers"] == ["ddim", "ddpm", "dpmpp_2m"]
-    assert described["limits"] == {"max_images": 8, "max_steps": 100, "batch_size": 8, "deadline_s": 600.0}
+    drawn_by = {"precision": "fp32", "compile": False, "device": "cpu"}
+    limits = {"max_images": 8, "max_steps": 100, "batch_size": 8, "deadline_s": 600.0}
+    assert described["limits"] == limits | drawn_by
 
 
 def test_openapi_describes_every_field(served: Replica) -> None:
