@@ -12,6 +12,9 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import uvicorn
 
+from ldm import images
+from tests.pipelines.serving import pixels
+
 if TYPE_CHECKING:
     from playwright.sync_api import BrowserContext, ConsoleMessage, Locator, Page, Request
 
@@ -95,9 +98,9 @@ class Visit:
 
 
 def png_of(image: "Locator") -> bytes:
-    """The bytes of a picture on the page."""
+    """A picture on the page, as a PNG of its pixels alone: how it was asked for is in its text."""
     source = image.get_attribute("src") or ""
-    return base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)
+    return images.to_png(pixels(base64.b64decode(source.removeprefix("data:image/png;base64,"), validate=True)))
 
 
 def drawn(page: "Page", columns: int = 1) -> "Locator":
@@ -110,11 +113,11 @@ def drawn(page: "Page", columns: int = 1) -> "Locator":
 
 
 def ask(url: str, **body: Any) -> list[bytes]:
-    """The pictures that the interface itself gives."""
+    """The pictures that the interface itself gives, as PNGs of their pixels alone."""
     body = {"exact": True, **body}
     answer = httpx.post(f"{url}/v1/samples", json=body, trust_env=False, timeout=60)
     assert answer.status_code == 200, answer.text
-    return [base64.b64decode(image["png"]) for image in answer.json()["images"]]
+    return [images.to_png(pixels(base64.b64decode(image["png"]))) for image in answer.json()["images"]]
 
 
 def name_of_focused(page: "Page") -> str:
