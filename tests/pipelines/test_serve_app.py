@@ -22,7 +22,6 @@ from ldm import images
 from ldm.drawing import Blend, Edit, load_sampler
 from ldm.latents.manifest import Conditioning
 from ldm.plan import SamplerConfig
-from ldm.snapshot import read_snapshot
 from pipelines.serve.gate import MAX_BODY
 from pipelines.serve.local import local_app
 from pipelines.serve.replica import Replica
@@ -78,28 +77,6 @@ class TestPictures:
         assert answer.headers["content-type"] == "image/png"
         assert answer.headers["x-model-step"] == "30"
         assert np.array_equal(pixels(answer.content), offline(snapshot, [4], [5])[0])
-
-    def test_a_png_names_what_draws_it_again(self, served: Replica, snapshot: str) -> None:
-        (png,) = pngs(post(served, {**SETTINGS, "labels": ["two"], "seed": 10, "spacing": "trailing", "exact": True}))
-        about = provenance(png)
-        values = {**about["settings"]}
-        rows = {key: values.pop(key) for key in ("exact", "batch_size", "precision", "compile", "device")}
-        assert rows == {"exact": True, "batch_size": ROWS // 2, "precision": "fp32", "compile": False, "device": "cpu"}
-        of = read_snapshot(snapshot)
-        assert (about["weights_sha256"], about["step"]) == (of.weights_sha256, of.step)
-        sampler = load_sampler(snapshot, rows["batch_size"], rows["device"])
-        label, seed = torch.tensor([about["label"]]), torch.tensor([about["seed"]])
-        assert np.array_equal(pixels(png), sampler.draw(label, seed, SamplerConfig(**values))[0].numpy())
-
-    def test_a_png_of_a_walk_names_its_ends_and_one_of_a_picture_that(self, served: Replica) -> None:
-        walk = pngs(post(served, {"seed": 3, "seed_to": 8, "num_images": 2, "num_inference_steps": 2}))
-        settings = provenance(walk[1])["settings"]
-        assert (settings["seed_from"], settings["seed_to"], settings["num_images"]) == (3, 8, 2)
-        given = images.to_png(np.zeros((3, 32, 32), np.uint8))
-        body = {"picture": base64.b64encode(given).decode(), "num_inference_steps": 2}
-        settings = provenance(pngs(post(served, body))[0])["settings"]
-        assert settings["picture_sha256"] == hashlib.sha256(given).hexdigest()
-        assert settings["strength"] == 0.6
 
     def test_urls_are_links_to_the_same_bytes(self, served: Replica) -> None:
         async def ask(client: httpx.AsyncClient) -> None:
