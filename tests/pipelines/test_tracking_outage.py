@@ -10,7 +10,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -69,9 +69,12 @@ def haste(monkeypatch):
 
 
 def kept(folder):
-    """The records in the files of a folder."""
-    names = kept_files(str(folder))
-    return [line for name in names for line in storage.read_json_lines(storage.join(str(folder), name))]
+    """The records in the files of a folder; a file that the tracker, which works on, has just sent is gone."""
+    records = []
+    for name in kept_files(str(folder)):
+        with suppress(FileNotFoundError):
+            records += storage.read_json_lines(storage.join(str(folder), name))
+    return records
 
 
 def kept_points(folder):
