@@ -18,6 +18,9 @@ from pipelines.train.record import read_record
 from pipelines.train.resume import choose_checkpoint
 from pipelines.train.snapshots import snapshot_url
 
+_LABEL = "label"
+"""Of encode: what holds a picture's class number. Whoever takes the pictures as the reference finds it there too."""
+
 CONFIG = "config"
 """The key of a step that names a packaged config or a file, as `--config` does."""
 
@@ -71,7 +74,8 @@ class Pipeline:
     def gave(self, step: Step, report: Mapping[str, Any]) -> None:
         """Keeps what later steps take from this one, whose report says where it is."""
         if step.verb == "encode":
-            self.given |= {"latents": report["destination"], "reference": self.config(step).model_dump()["source"]}
+            asked = self.config(step).model_dump()
+            self.given |= {"latents": report["destination"], "reference": asked["source"], _LABEL: asked["label"]}
         elif step.verb == "train":
             self.given["snapshot"] = report["snapshot"]
 
@@ -128,6 +132,7 @@ def _check_inputs(config: Config) -> None:
 
 def _parse(step: Step, arguments: list[str], values: Mapping[str, Any], given: Mapping[str, Any]) -> Config:
     """The configuration of a step; keys that it needs and nobody gives are taken from `given`."""
+    taken: set[str] = set()
     while True:
         try:
             _, config = cli.parse_stage(step.verb, arguments, [(step.title, values)])
@@ -136,8 +141,12 @@ def _parse(step: Step, arguments: list[str], values: Mapping[str, Any], given: M
             if key not in given or key in values:
                 raise
             values = {**values, key: given[key]}
+            taken.add(key)
             continue
         assert config is not None  # nothing among the arguments asks for less than a run
+        if "reference" in taken and _LABEL in type(config).model_fields and _LABEL not in config.model_fields_set:
+            values = {**values, _LABEL: given[_LABEL]}
+            continue
         return config
 
 

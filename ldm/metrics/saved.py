@@ -1,7 +1,8 @@
 """Statistics of a reference as one safetensors file: what a Fréchet distance needs of 20,000 pictures in a few MB.
 
 mean (D,), covariance (D, D)   float64
-metadata                       format, version, count, features (name with hash), pictures (the rules, as JSON)
+metadata                       format, version, count, features (name with hash), pictures (the rules, as JSON),
+                               reference (a hash)
 """
 
 import json
@@ -23,11 +24,13 @@ FORMAT, VERSION = "ldm-statistics", "1"
 
 @dataclass(frozen=True)
 class SavedStatistics:
-    """gaussian: of the features. features: their name. pictures: how the pictures were prepared, a fingerprint."""
+    """gaussian: of the features. features: their name. pictures: how the pictures were prepared, a fingerprint.
+    reference: a hash of which pictures these are, empty where that is not known."""
 
     gaussian: Gaussian
     features: str
     pictures: dict[str, Any]
+    reference: str = ""
 
     def check(self, key: str, features: str, pictures: dict[str, Any]) -> None:
         """Raises RequestError where they are of another extractor, or of pictures prepared in another way."""
@@ -47,6 +50,7 @@ def write_statistics(url: str, statistics: SavedStatistics) -> None:
         "count": str(gaussian.count),
         "features": statistics.features,
         "pictures": canonical_json(statistics.pictures),
+        "reference": statistics.reference,
     }
     with tempfile.TemporaryDirectory() as folder:
         save_file(tensors, Path(folder) / "statistics", metadata)
@@ -79,4 +83,4 @@ def _read(file: Path) -> SavedStatistics:
         raise ValueError(f"mean {tuple(mean.shape)} and covariance {tuple(covariance.shape)} do not fit in float64")
     if not (mean.isfinite().all() and covariance.isfinite().all() and isinstance(pictures, dict)):
         raise ValueError("its numbers are not all finite")
-    return SavedStatistics(Gaussian(mean, covariance, count), about["features"], pictures)
+    return SavedStatistics(Gaussian(mean, covariance, count), about["features"], pictures, about.get("reference", ""))

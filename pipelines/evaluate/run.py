@@ -1,5 +1,6 @@
 """The stage: reads the reference, draws from the deployment, measures, and writes report, grid and MLflow run."""
 
+import hashlib
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -8,7 +9,7 @@ from pydantic import Field
 
 from ldm import images, storage
 from ldm.autoencoder import Autoencoder
-from ldm.config import Location, RequestError
+from ldm.config import Location, RequestError, canonical_json
 from ldm.features import Features
 from ldm.labels import check_guidance
 from ldm.metrics import SavedStatistics, read_statistics, write_statistics
@@ -168,19 +169,21 @@ def finished(config: EvaluateConfig) -> EvaluateReport | None:
         return None
     if config.tracking.enabled and kept["run_id"] is None:
         return None
-    if config.save_statistics is not None and not _are_saved(config.save_statistics, kept["features"], todo.snapshot):
+    if config.save_statistics is not None and not _are_saved(config, todo, kept["features"]):
         return None
     places = {name: storage.join(config.output, file) for name, file in [("grid", _GRID), ("report", _REPORT)]}
     return EvaluateReport(**{**kept, **places, "images_per_second": 0.0})
 
 
-def _are_saved(url: str, features: str, snapshot: Snapshot) -> bool:
-    """Whether statistics in these features, of pictures prepared as the snapshot's are, lie there."""
+def _are_saved(config: EvaluateConfig, todo: EvaluatePlan, features: str) -> bool:
+    """Whether statistics of this reference in these features, prepared as the snapshot's pictures are, lie there."""
+    url = str(config.save_statistics)
     try:
-        read_statistics(url, url).check(url, features, snapshot.fingerprint["pictures"])
+        found = read_statistics(url, url)
+        found.check(url, features, todo.snapshot.fingerprint["pictures"])
     except RequestError:  # nothing, or something else
         return False
-    return True
+    return found.reference == _which_pictures(config, todo)
 
 
 def _request(config: EvaluateConfig, todo: EvaluatePlan) -> dict[str, Any] | None:
@@ -189,10 +192,20 @@ def _request(config: EvaluateConfig, todo: EvaluatePlan) -> dict[str, Any] | Non
         return None
     return {
         "snapshot": storage.read_json(storage.join(config.snapshot, "snapshot.json")),
-        "reference": {name: [shard.bytes, shard.etag, _changed(shard)] for name, shard in todo.shards.items()},
+        "reference": _shards(todo),
         "features": todo.features,
         "settings": config.model_dump(mode="json", include={*_SETTINGS, "through", "batch_size", "denoiser_type"}),
     }
+
+
+def _which_pictures(config: EvaluateConfig, todo: EvaluatePlan) -> str:
+    """A hash of all that says which pictures of the reference count as training pictures."""
+    which = [_shards(todo), config.holdout, config.max_reference]
+    return hashlib.sha256(canonical_json(which).encode()).hexdigest()[:16]
+
+
+def _shards(todo: EvaluatePlan) -> dict[str, list[Any]]:
+    return {name: [shard.bytes, shard.etag, _changed(shard)] for name, shard in todo.shards.items()}
 
 
 def _changed(shard: InputShard) -> int:
@@ -246,6 +259,6 @@ def _measure(
     names = todo.snapshot.conditioning.names
     measured = measure(samples, reference, features, autoencoder, names=names, seed=config.seed)
     if config.save_statistics is not None:
-        pictures = todo.snapshot.fingerprint["pictures"]
-        write_statistics(config.save_statistics, SavedStatistics(measured.gaussian, features.name, pictures))
+        rules, pictures = todo.snapshot.fingerprint["pictures"], _which_pictures(config, todo)
+        write_statistics(config.save_statistics, SavedStatistics(measured.gaussian, features.name, rules, pictures))
     return measured

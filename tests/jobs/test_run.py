@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from jobs import cli
+from jobs.pipeline import read_pipeline
 from ldm.shards import RawSample
 from tests.pictures import image_shard, samples, tiny_model
 
@@ -167,3 +168,18 @@ def test_a_dry_run_says_what_each_step_would_do_and_writes_nothing(
     assert train == "train: is looked at when encode is done; its keys are right"
     assert evaluate == "evaluate: is looked at when encode is done; its keys are right"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_labels_are_found_where_encode_found_them(steps: dict[str, dict[str, Any]]) -> None:
+    def label_of_evaluation(**changes: Any) -> str:
+        evaluation = {**steps["evaluate"], **changes}
+        Path("pipeline.yaml").write_text(yaml.safe_dump({**steps, "evaluate": evaluation}, sort_keys=False))
+        *_, config = read_pipeline(Path("pipeline.yaml")).configs()
+        return str(config.model_dump()["label"])
+
+    steps["encode"]["label"] = "json.kind"
+    assert label_of_evaluation() == "json.kind"
+    assert label_of_evaluation(label="json.other") == "json.other"
+    assert label_of_evaluation(reference="other.tar") == "cls"  # pictures of one's own
+    Path("evaluation.yaml").write_text("label: json.of_the_file\n")
+    assert label_of_evaluation(config="evaluation.yaml") == "json.of_the_file"

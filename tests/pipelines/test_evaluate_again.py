@@ -157,6 +157,7 @@ def test_statistics_of_something_else_are_work_left(url: str, snapshot: str, ref
     others = [
         replace(right, features="vae-000000000000"),
         replace(right, pictures={**right.pictures, "background": [0, 0, 0]}),
+        replace(right, reference="0" * 16),  # of other pictures, in the same features
     ]
     for other in others:
         write_statistics(saved, other)
