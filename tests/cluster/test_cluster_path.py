@@ -6,17 +6,20 @@ from contextlib import contextmanager
 
 import httpx
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from ldm import images, storage
+from ldm import storage
 from ldm.drawing import load_sampler
 from ldm.plan import SamplerConfig
+from ldm.snapshot import read_snapshot
 from tests.cluster.bed import CPUS, Bed
 from tests.cluster.conftest import PICTURES, SHARDS
 from tests.pipelines.encoding import config, encode_here
+from tests.pipelines.serving import pixels, provenance
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 ENCODE = ("image_size=16", "batch_size=8", "device=cpu")
@@ -43,7 +46,9 @@ def test_from_submitted_jobs_to_a_picture(bed: Bed, s3: str, source: str, vae: s
     _assert_one_lineage(bed, trained["run_id"], evaluated["run_id"])
     with serving(bed, f"snapshot={output}") as client:
         body = {**SETTINGS, "labels": [1], "seed": 5, "exact": True, "response_format": "png"}
-        assert client.post("/v1/samples", json=body).raise_for_status().content == _drawn_here(trained["snapshot"])
+        png = client.post("/v1/samples", json=body).raise_for_status().content
+        assert np.array_equal(pixels(png), _drawn_here(trained["snapshot"]))
+        assert provenance(png)["weights_sha256"] == read_snapshot(trained["snapshot"]).weights_sha256
 
 
 @contextmanager
@@ -90,8 +95,8 @@ def _inputs(run: Run) -> dict[str, str]:
     return {data.tags[0].value: data.dataset.digest for data in run.inputs.dataset_inputs}
 
 
-def _drawn_here(snapshot: str) -> bytes:
-    """The picture in this process, with as many threads as the replica has cores."""
+def _drawn_here(snapshot: str) -> npt.NDArray[np.uint8]:
+    """The picture, uint8 (3, H, W), in this process, with as many threads as the replica has cores."""
     before = torch.get_num_threads()
     torch.set_num_threads(CPUS)
     try:
@@ -100,4 +105,4 @@ def _drawn_here(snapshot: str) -> bytes:
         )
     finally:
         torch.set_num_threads(before)
-    return images.to_png(np.asarray(drawn)[0])
+    return np.asarray(drawn)[0]
