@@ -92,6 +92,13 @@ def train_classifier(
     return Classifier(network)
 
 
+def load_classifier(weights: dict[str, Tensor], num_classes: int) -> Classifier:
+    """The one whose network has these weights."""
+    network = _new_network(num_classes, 0)
+    network.load_state_dict(weights)
+    return Classifier(network)
+
+
 def _new_network(num_classes: int, seed: int) -> nn.Sequential:
     """(N, 3, 32, 32) => (N, K). All but the last layer give the features."""
 

@@ -9,6 +9,7 @@ from ldm.classifier import Classifier
 from ldm.features import Features
 from ldm.metrics import Gaussian
 from pipelines.evaluate import classes, measures
+from pipelines.evaluate.kept import NOTHING_KEPT, Kept
 from pipelines.evaluate.measures import FLOOR, SAMPLES, Figure
 from pipelines.evaluate.memory import Nearest, nearest
 from pipelines.evaluate.reference import Pictures, Reference
@@ -36,14 +37,17 @@ def measure(
     *,
     names: tuple[str, ...] = (),
     seed: int = 0,
+    kept: Kept = NOTHING_KEPT,
 ) -> Measured:
-    """samples beside the reference. names: of the classes."""
-    sets = measures.make_sets(samples, reference, autoencoder, seed)
-    described, train = sets.describe(features.features), features.features(reference.train.pixels)
+    """samples beside the reference. names: of the classes. kept: what was computed of the reference before."""
+    sets = measures.make_sets(samples, reference, autoencoder, seed, kept)
+    of_reference = kept.rows("features", features.name, features.features)
+    described, train = sets.describe(features.features, of_reference), of_reference(reference.train.pixels)
     gaussian = metrics.fit_gaussian(train)
     influence = {side: metrics.frechet_contributions(rows, gaussian) for side, rows in described.items()}
     held_out = measures.compared(reference.holdout.pixels) if len(reference.holdout) else None
-    pixels, train_pixels = sets.describe(measures.compared, held_out), measures.compared(reference.train.pixels)
+    pixels = sets.describe(measures.compared, held_out=held_out)
+    train_pixels = measures.compared(reference.train.pixels)
     near_floor = {} if held_out is None else {FLOOR: held_out}  # all of them: the distance does not depend on N
     near = nearest({SAMPLES: pixels[SAMPLES], **near_floor}, train_pixels, seed)
     figures = [

@@ -18,6 +18,7 @@ from torch import Tensor
 from ldm import metrics
 from ldm.autoencoder import Autoencoder
 from ldm.features import BATCH_SIZE, Extractor, Features, in_fixed_batches
+from pipelines.evaluate.kept import NOTHING_KEPT, Kept
 from pipelines.evaluate.reference import Pictures, Reference
 
 NEIGHBOURS = 5
@@ -71,27 +72,39 @@ class Sets:
     equal: Tensor | None = None
     floor: Tensor | None = None
 
-    def describe(self, network: Callable[[Tensor], Tensor], held_out: Tensor | None = None) -> dict[str, Tensor]:
-        """network: pixels uint8 (N, 3, H, W) => rows (N, D); the same of each set. held_out: rows of all held-out
-        pictures, where there are some already."""
+    def describe(
+        self,
+        network: Callable[[Tensor], Tensor],
+        of_reference: Callable[[Tensor], Tensor] | None = None,
+        held_out: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """network: pixels uint8 (N, 3, H, W) => rows (N, D); the same of each set. of_reference: the same network for
+        pictures of the reference. held_out: rows of all held-out pictures, where there are some already."""
         sides = {}
         for side, pictures in self.pictures.items():
             if side == FLOOR and held_out is not None:
                 sides[side] = held_out[self.floor]
             else:
-                sides[side] = network(pictures.pixels)
+                sides[side] = (network if side == SAMPLES else of_reference or network)(pictures.pixels)
         if self.equal is not None:
             sides[EQUAL] = sides[SAMPLES][self.equal]
         return sides
 
 
-def make_sets(samples: Pictures, reference: Reference, autoencoder: Autoencoder, seed: int) -> Sets:
+def make_sets(
+    samples: Pictures, reference: Reference, autoencoder: Autoencoder, seed: int, kept: Kept = NOTHING_KEPT
+) -> Sets:
     """Samples, floor and reconstructions; the latter two only where two pictures were held out."""
     sample_rows, holdout_rows = equal_rows(samples, reference.holdout, seed)
     if len(holdout_rows) < 2:
         return Sets({SAMPLES: samples})
     floor = reference.holdout.take(holdout_rows)
-    rebuilt = Pictures(reconstructed(floor.pixels, autoencoder), floor.labels)
+    rebuild = kept.rows(
+        "reconstructions",
+        f"{autoencoder.weights_sha256} {autoencoder.dtype}",
+        lambda pixels: reconstructed(pixels, autoencoder),
+    )
+    rebuilt = Pictures(rebuild(floor.pixels), floor.labels)
     return Sets({SAMPLES: samples, FLOOR: floor, RECONSTRUCTION: rebuilt}, sample_rows, holdout_rows)
 
 

@@ -20,6 +20,7 @@ from pipelines import lineage
 from pipelines.evaluate import asked, networks, report
 from pipelines.evaluate.drawing import DrawingConfig, connect, draw
 from pipelines.evaluate.figures import Measured, measure, measure_by_statistics
+from pipelines.evaluate.kept import FOLDER, Kept
 from pipelines.evaluate.memory import pairs_grid
 from pipelines.evaluate.reference import Pictures, Reference, find_reference, read_reference
 from pipelines.progress import say
@@ -124,13 +125,15 @@ def evaluate(config: EvaluateConfig, endpoint: str | None = None) -> EvaluateRep
         tracker.used_model(todo.snapshot)
         tracker.dataset(lineage.image_dataset(todo.sizes), "reference")
         autoencoder = todo.snapshot.load_autoencoder("cuda" if torch.cuda.is_available() else "cpu")
-        features = networks.make(todo.features, todo.snapshot, reference, autoencoder, config.seed)
+        kept = Kept(storage.join(config.output, FOLDER))
+        features = networks.make(todo.features, todo.snapshot, reference, autoencoder, config.seed, kept)
         if todo.statistics:
             pictures = todo.snapshot.fingerprint["pictures"]
             todo.statistics.check(f"reference={config.reference}", features.name, pictures)
         drawn = draw(config, todo.snapshot, client)
         samples, rate = drawn.pictures, drawn.images_per_second
-        measured = _measure(config, todo, samples, reference, features, autoencoder)
+        measured = _measure(config, todo, samples, reference, features, autoencoder, kept)
+        kept.forget_others()
         say(report.table(measured))
         pages = {_GRID: report.grid(samples, reference, todo.snapshot)}
         if measured.nearest:
@@ -249,6 +252,7 @@ def _measure(
     reference: Reference,
     features: Features,
     autoencoder: Autoencoder,
+    kept: Kept,
 ) -> Measured:
     """All figures; and the reference's statistics, where they are to be kept."""
     if todo.statistics:
@@ -257,7 +261,7 @@ def _measure(
         return measure_by_statistics(samples, gaussian, features, config.seed)
     say(f"evaluate: measures {len(samples):,} samples against {len(reference.train):,} training pictures")
     names = todo.snapshot.conditioning.names
-    measured = measure(samples, reference, features, autoencoder, names=names, seed=config.seed)
+    measured = measure(samples, reference, features, autoencoder, names=names, seed=config.seed, kept=kept)
     if config.save_statistics is not None:
         rules, pictures = todo.snapshot.fingerprint["pictures"], _which_pictures(config, todo)
         write_statistics(config.save_statistics, SavedStatistics(measured.gaussian, features.name, rules, pictures))

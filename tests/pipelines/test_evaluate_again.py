@@ -167,3 +167,46 @@ def test_statistics_of_something_else_are_work_left(url: str, snapshot: str, ref
     evaluate(config, url)
     assert torch.equal(read_statistics("saved", saved).gaussian.mean, right.gaussian.mean)
     assert finished(config) is not None
+
+
+def kept_in(output: Path) -> dict[str, int]:
+    """When each file was written, ns, by its name."""
+    return {path.name: path.stat().st_mtime_ns for path in (output / "kept").iterdir()}
+
+
+@pytest.mark.parametrize("features", ["vae", "classifier"])
+def test_what_is_known_of_the_reference_is_not_computed_for_each_snapshot(
+    features: str, url: str, snapshot: str, reference: str, tmp_path: Path
+) -> None:
+    output = tmp_path / "output"
+    config = asked(snapshot, reference, output, features=features, holdout=0.3)
+    first = evaluate(config, url)
+    there = kept_in(output)
+    kinds = {"features": 3, "reconstructions": 1, "classifier": int(features == "classifier")}
+    assert {kind: sum(name.startswith(kind) for name in there) for kind in kinds} == kinds
+
+    other = config.model_copy(update={"num_inference_steps": 2})
+    again = evaluate(other, url)
+    assert kept_in(output) == there
+    alone = evaluate(other.model_copy(update={"output": str(tmp_path / "alone")}), url)
+    assert again.metrics == alone.metrics != first.metrics  # to the bit
+
+
+def test_what_is_kept_is_of_these_pictures_or_is_computed_again(
+    url: str, snapshot: str, reference: str, tmp_path: Path
+) -> None:
+    output, mine = tmp_path / "output", tmp_path / "output" / "kept" / "features.npy"
+    config = asked(snapshot, reference, output, holdout=0.3)
+    first = evaluate(config, url)
+    mine.write_bytes(b"of somebody else")
+    there = kept_in(output)
+    image_shard(tmp_path / "reference" / "shard.tar", samples(40, start=7))
+    second = evaluate(config, url)
+    assert second.metrics != first.metrics
+    assert mine.exists() and kept_in(output).keys() & there.keys() == {mine.name}  # those of the others are gone
+
+    for path in (output / "kept").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-5])
+    (output / "request.json").unlink()
+    assert evaluate(config, url).metrics == second.metrics
+    assert len(kept_in(output)) == len(there)
