@@ -92,7 +92,7 @@ def in_parts(samples, reference, network, autoencoder):
 
 def reduced(sets, reference):
     held_out = measures.compared(reference.holdout.pixels)
-    return sets.describe(measures.compared, held_out), held_out, measures.compared(reference.train.pixels)
+    return sets.describe(measures.compared, held_out=held_out), held_out, measures.compared(reference.train.pixels)
 
 
 def frechet(sides, train, network):
