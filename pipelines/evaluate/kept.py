@@ -8,6 +8,7 @@ import functools
 import hashlib
 import re
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 import safetensors
@@ -68,9 +69,10 @@ def _read(url: str) -> dict[str, Tensor] | None:
 
 @functools.cache
 def _program() -> str:
-    """A hash of this package's files: features and a classifier are what they compute."""
-    files = sorted(Path(ldm.__file__).parent.rglob("*.py"))
-    return _hash([file.read_text() for file in files])
+    """A hash of the files, and of the library, whose code features, reconstructions and a classifier are made by."""
+    folders = (Path(ldm.__file__).parent, Path(__file__).parent)
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    return _hash([version("diffusers"), *(file.read_text() for file in files)])
 
 
 def _rounding() -> list[str]:

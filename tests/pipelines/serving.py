@@ -1,6 +1,7 @@
 """The application in this process, without Ray: what tests of HTTP talk to."""
 
 import asyncio
+import base64
 import contextlib
 import io
 import json
@@ -59,6 +60,10 @@ async def read_events(answer: httpx.Response) -> AsyncIterator[tuple[str, dict[s
             kind = line.removeprefix("event: ")
         elif line.startswith("data: "):
             yield kind, json.loads(line.removeprefix("data: "))
+
+
+def pngs(answer: httpx.Response) -> list[bytes]:
+    return [base64.b64decode(picture["png"]) for picture in answer.raise_for_status().json()["images"]]
 
 
 def pixels(png: bytes) -> npt.NDArray[np.uint8]:

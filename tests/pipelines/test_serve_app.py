@@ -25,7 +25,7 @@ from ldm.plan import SamplerConfig
 from pipelines.serve.gate import MAX_BODY
 from pipelines.serve.local import local_app
 from pipelines.serve.replica import Replica
-from tests.pipelines.serving import pixels, post, provenance, read_events, replica, within
+from tests.pipelines.serving import pixels, pngs, post, provenance, read_events, replica, within
 from tests.pipelines.tiny_snapshot import NAMES, write_tiny_snapshot
 
 SETTINGS = {"num_inference_steps": 3, "eta": 0.5, "guidance_scale": 2.0}
@@ -51,10 +51,6 @@ def offline(
     config = SamplerConfig(**{**SETTINGS, **settings})
     sampler = load_sampler(snapshot, ROWS if config.guidance_scale == 1 else ROWS // 2, "cpu")
     return sampler.draw(torch.tensor(labels), torch.tensor(seeds), config, source).numpy()
-
-
-def pngs(answer: httpx.Response) -> list[bytes]:
-    return [base64.b64decode(picture["png"]) for picture in answer.raise_for_status().json()["images"]]
 
 
 def drawn(answer: httpx.Response) -> npt.NDArray[np.uint8]:

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from ldm.drawing import load_sampler
 from ldm.plan import SamplerConfig
 from ldm.snapshot import read_snapshot
 from pipelines.serve.replica import Replica
-from tests.pipelines.serving import pixels, post, provenance, replica
+from tests.pipelines.serving import pixels, pngs, post, provenance, replica
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
 
 SETTINGS = {"num_inference_steps": 3, "eta": 0.5, "guidance_scale": 2.0}
@@ -32,13 +31,8 @@ def served(snapshot: str) -> Iterator[Replica]:
         yield made
 
 
-def pngs(served: Replica, body: dict[str, Any]) -> list[bytes]:
-    answer = post(served, body).raise_for_status().json()
-    return [base64.b64decode(picture["png"]) for picture in answer["images"]]
-
-
 def test_a_png_names_what_draws_it_again(served: Replica, snapshot: str) -> None:
-    (png,) = pngs(served, {**SETTINGS, "labels": ["two"], "seed": 10, "spacing": "trailing", "exact": True})
+    (png,) = pngs(post(served, {**SETTINGS, "labels": ["two"], "seed": 10, "spacing": "trailing", "exact": True}))
     about = provenance(png)
     values = {**about["settings"]}
     rows = {key: values.pop(key) for key in ("exact", "batch_size", "precision", "compile", "device")}
@@ -51,11 +45,11 @@ def test_a_png_names_what_draws_it_again(served: Replica, snapshot: str) -> None
 
 
 def test_a_png_of_a_walk_names_its_ends_and_one_of_a_picture_that(served: Replica) -> None:
-    walk = pngs(served, {"seed": 3, "seed_to": 8, "num_images": 2, "num_inference_steps": 2})
+    walk = pngs(post(served, {"seed": 3, "seed_to": 8, "num_images": 2, "num_inference_steps": 2}))
     settings = provenance(walk[1])["settings"]
     assert (settings["seed_from"], settings["seed_to"], settings["num_images"]) == (3, 8, 2)
     given = images.to_png(np.zeros((3, 32, 32), np.uint8))
     body = {"picture": base64.b64encode(given).decode(), "num_inference_steps": 2}
-    settings = provenance(pngs(served, body)[0])["settings"]
+    settings = provenance(pngs(post(served, body))[0])["settings"]
     assert settings["picture_sha256"] == hashlib.sha256(given).hexdigest()
     assert settings["strength"] == 0.6
