@@ -14,6 +14,7 @@ from pipelines.cluster import HEAD_BEGAN_ANEW
 from tests.cluster import processes
 from tests.cluster.bed import Bed, Node
 from tests.cluster.conftest import PICTURES, SHARDS
+from tests.processes import named
 
 pytestmark = [pytest.mark.cluster, pytest.mark.faults, pytest.mark.timeout(600)]
 OUTAGE_S = 30
@@ -66,14 +67,7 @@ def encodes(node: Node) -> bool:
 
 def workers(node: Node, title: str) -> list[psutil.Process]:
     """The processes of a node whose title begins so."""
-    found = []
-    for process in psutil.Process(node.process.pid).children(recursive=True):
-        try:
-            if " ".join(process.cmdline()).startswith(title):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
+    return named(title, node.process.pid)
 
 
 def assert_kept(place: str, before: dict[str, Any]) -> None:

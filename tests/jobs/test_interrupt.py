@@ -17,6 +17,7 @@ import pytest
 from ldm.autoencoder import Autoencoder
 from pipelines.train.checkpoint import committed_steps, newest_checkpoint
 from tests.pictures import kl_model, latent_dataset
+from tests.processes import named
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
@@ -86,7 +87,7 @@ def test_training(tmp_path: Path) -> None:
 
     def ready() -> bool:
         if not told and "first step after" in (tmp_path / "stderr.txt").read_text():
-            (worker,) = [p for p in psutil.Process().children(recursive=True) if "ray::RayTrainWorker" in _line(p)]
+            (worker,) = named("ray::RayTrainWorker")
             worker.terminate()
             told.append(worker.pid)
         noticed[:] = committed_steps(run)
@@ -122,10 +123,3 @@ def test_training_that_cannot_take_a_checkpoint_ends_at_once_by_a_second_ctrl_c(
     assert alive == []
     assert committed_steps(str(tmp_path / "run")) == [] and "stopped at step" not in said
     assert "interrupted: what was committed stays usable" in said and "Traceback" not in said
-
-
-def _line(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""

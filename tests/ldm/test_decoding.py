@@ -21,6 +21,7 @@ from ldm.decoding import DecoderPool
 from ldm.images import BadPicture, Buckets, PictureRules, TooSmall, views
 from tests.ldm.picturing import png_file, png_header
 from tests.pictures import encoded, picture
+from tests.processes import named
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = PictureRules((32,))
@@ -37,8 +38,7 @@ def slow() -> bytes:
 
 def children() -> list[psutil.Process]:
     """The decoder processes of this one, those that ended aside."""
-    found = psutil.Process().children()
-    return [p for p in found if p.status() != psutil.STATUS_ZOMBIE and "ldm.decoding" in p.cmdline()]
+    return named(f"{sys.executable} -P -m ldm.decoding")
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:

@@ -10,6 +10,7 @@ import time
 import psutil
 
 from pipelines.train.checkpoint import committed_steps
+from tests.processes import named
 
 
 class Killer(threading.Thread):
@@ -42,11 +43,4 @@ class Killer(threading.Thread):
 
 def _workers() -> list[int]:
     """The processes of Ray Train's workers below this one."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
-                found.append(process.pid)
-        except (psutil.Error, IndexError):
-            continue
-    return sorted(found)
+    return sorted(process.pid for process in named("ray::RayTrainWorker"))

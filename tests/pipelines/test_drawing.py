@@ -1,6 +1,5 @@
 """The pictures of an evaluation: exactly N, the same for any number of workers, and none drawn twice after a kill."""
 
-import contextlib
 import json
 import os
 import signal
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
 import torch
 
@@ -27,6 +25,7 @@ from tests.commands import kill_when
 from tests.pipelines.browsing import serving
 from tests.pipelines.serving import replica
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
+from tests.processes import named
 
 QUICK: dict[str, Any] = {"num_inference_steps": 1, "seed": 7, "device": "cpu"}
 
@@ -73,11 +72,7 @@ class Killer(threading.Thread):
 
 def workers() -> list[int]:
     """Those that draw now."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):  # ended in the meantime
-            found += [process.pid] * " ".join(process.cmdline()).startswith("ray::ShardDrawer.draw")
-    return found
+    return [process.pid for process in named("ray::ShardDrawer.draw")]
 
 
 @pytest.mark.ray

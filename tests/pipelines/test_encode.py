@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -31,6 +30,7 @@ from pipelines.encode import encode, run
 from pipelines.tracking import TrackingConfig
 from tests.pictures import encoded, image_shard, kl_model, picture, samples
 from tests.pipelines.encoding import SIZE, config, contents, quarantine, tree
+from tests.processes import named
 
 GENERATION = ("json", "receipts.parquet", "shards.parquet")
 
@@ -313,14 +313,10 @@ def kill_one_encoder(destination: Path, killed: list[int], stop: threading.Event
     """SIGKILL to one actor that is in the middle of a shard."""
     while not stop.is_set() and not killed:
         if list(destination.glob(".attempt-*/*.tar")):
-            for process in psutil.Process().children(recursive=True):
-                try:
-                    if process.name().startswith("ray::ShardEnc") and "encode_shard" in " ".join(process.cmdline()):
-                        os.kill(process.pid, signal.SIGKILL)
-                        killed.append(process.pid)
-                        return
-                except psutil.NoSuchProcess:
-                    continue
+            for process in named("ray::ShardEncoder.encode_shard"):
+                process.kill()
+                killed.append(process.pid)
+                return
         time.sleep(0.005)
 
 

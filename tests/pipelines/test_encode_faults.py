@@ -21,6 +21,7 @@ from pipelines.encode import encode, run
 from tests.chaos_s3 import ChaosProxy
 from tests.pictures import encoded, image_shard, picture
 from tests.pipelines.encoding import config, contents, quarantine
+from tests.processes import named
 
 pytestmark = [pytest.mark.ray, pytest.mark.faults]
 ROOT = Path(__file__).parents[2]
@@ -101,18 +102,6 @@ def kill_when(ready: Callable[[], list[psutil.Process]]) -> int:
             return found[-1].pid
         time.sleep(0.005)
     raise AssertionError("there was nothing to kill")
-
-
-def named(start: str) -> list[psutil.Process]:
-    """Processes of this one's family whose title begins so."""
-    found = []
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if " ".join(process.cmdline()).startswith(start):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.mark.parametrize("victim", ["ray::ShardEncoder", f"{sys.executable} -P -m ldm.decoding"])

@@ -26,6 +26,7 @@ from ldm.plan import SamplerConfig
 from pipelines import serve
 from tests.pipelines.serving import pixels
 from tests.pipelines.tiny_snapshot import write_tiny_snapshot
+from tests.processes import named
 
 ROWS = 8
 LONG = {"num_inference_steps": 1000, "num_images": 4, "background": True}
@@ -64,8 +65,7 @@ def offline(snapshot: str, labels: list[int], seeds: list[int]) -> Any:
 
 def replicas() -> list[psutil.Process]:
     """The processes that hold the model."""
-    processes = psutil.Process().children(recursive=True)
-    return [process for process in processes if "ServeReplica:ldm-samplers" in " ".join(process.cmdline())]
+    return named("ray::ServeReplica:ldm-samplers")
 
 
 @pytest.mark.ray

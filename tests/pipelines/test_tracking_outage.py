@@ -328,7 +328,9 @@ def test_a_server_that_is_killed_and_back_after_a_minute(free_port, tmp_path, mo
         for step in range(1, 61):  # a step a second
             tracker.log({"train/loss": float(step)}, step)
             time.sleep(1)
-        assert sorted(step for step, _ in kept_points(tmp_path / "kept")) == list(range(1, 61))
+        steps = sorted(step for step, _ in kept_points(tmp_path / "kept"))
+        # The server can die between keeping step 0 and saying so: then that is sent again, and still stands there once.
+        assert steps[-60:] == list(range(1, 61)) and steps[:-60] in ([], [0])
         later.enter_context(server())
         wait_until(lambda: len(history(client, tracker.run_id, "train/loss")) == 61)
         assert history(client, tracker.run_id, "train/loss") == [(step, float(step)) for step in range(61)]
