@@ -62,14 +62,36 @@ def ray_session() -> Iterator[None]:
         return
     ours = {process.pid for process in psutil.Process().children(recursive=True)}
     try:
-        with _interrupts_wait():  # half a start cannot be stopped
-            ray.init(address="local", include_dashboard=False, **quiet)
+        _start_ray(ours, quiet)
         yield
     finally:
         with _interrupts_wait():
-            started = [p for p in psutil.Process().children(recursive=True) if p.pid not in ours]
-            ray.shutdown()
-            _end(started)
+            _stop_ray(ours)
+
+
+def _start_ray(ours: set[int], quiet: Mapping[str, Any]) -> None:
+    """Ray on this machine. Of its 30 s for that a busy machine may need more only to read it: then it starts again."""
+    import ray
+
+    for _ in range(2):
+        with _interrupts_wait():  # half a start cannot be stopped
+            try:
+                ray.init(address="local", include_dashboard=False, **quiet)
+                return
+            except Exception as error:  # Ray has no class for it
+                if "timed out during startup" not in str(error):
+                    raise
+            _stop_ray(ours)
+    raise RuntimeError("Ray was started twice and not there after 30 s each time; has this machine memory to spare?")
+
+
+def _stop_ray(ours: set[int]) -> None:
+    """Ends all processes below this one that are not `ours`."""
+    import ray
+
+    started = [process for process in psutil.Process().children(recursive=True) if process.pid not in ours]
+    ray.shutdown()
+    _end(started)
 
 
 def resources_per_worker(
