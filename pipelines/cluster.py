@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from ldm.config import RequestError
-from pipelines.progress import counted
+from pipelines.progress import counted, say
 
 # What Ray prints on the driver's stdout beside our own line for the same event; read when ray is imported.
 os.environ.setdefault(
@@ -73,7 +73,7 @@ def _start_ray(ours: set[int], quiet: Mapping[str, Any]) -> None:
     """Ray on this machine. Of its 30 s for that a busy machine may need more only to read it: then it starts again."""
     import ray
 
-    for _ in range(2):
+    for again in (True, False):
         with _interrupts_wait():  # half a start cannot be stopped
             try:
                 ray.init(address="local", include_dashboard=False, **quiet)
@@ -82,6 +82,8 @@ def _start_ray(ours: set[int], quiet: Mapping[str, Any]) -> None:
                 if "timed out during startup" not in str(error):
                     raise
             _stop_ray(ours)
+        if again:
+            say("Ray: is not there after 30 s on this machine; it is started once more")
     raise RuntimeError("Ray was started twice and not there after 30 s each time; has this machine memory to spare?")
 
 

@@ -115,5 +115,6 @@ def test_a_ray_that_does_not_start_in_time_is_started_again(tmp_path: Path, slow
         env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=500,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("Ray: is not there after 30 s on this machine; it is started once more\n") == 1
     answer, rest = done.stdout.splitlines()
     assert answer.startswith(said) and rest == f"{slow_starts} True [] []"
