@@ -6,8 +6,10 @@ import math
 import os
 import platform
 import signal
+import socket
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
@@ -23,6 +25,7 @@ os.environ.setdefault(
     "RAY_DEDUP_LOGS_SKIP_REGEX",
     r"ServeController\.graceful_shutdown failed|A worker died or was killed while executing a task",
 )
+_HEAD_WAIT_S = 20.0  # a head that is started anew takes connections again within it
 HEAD_BEGAN_ANEW = (
     "the head of the Ray cluster has begun anew and knows nothing of this run; what was committed stays, and the same "
     "command goes on"
@@ -45,6 +48,7 @@ def ray_session() -> Iterator[None]:
     if address := os.environ.get("RAY_ADDRESS"):
         if address.startswith(("http://", "https://")):
             raise RequestError(f"RAY_ADDRESS={address}: is a dashboard; give HEAD:6379, or use `ldm submit`")
+        _wait_for_head(address)
         try:
             with _interrupts_wait():  # and Ray has put in a handler that aborts at SIGTERM: ours come back after it
                 ray.init(address="auto", **quiet)
@@ -67,6 +71,23 @@ def ray_session() -> Iterator[None]:
     finally:
         with _interrupts_wait():
             _stop_ray(ours)
+
+
+def _wait_for_head(address: str) -> None:
+    """Raises RequestError where nobody takes a connection at HOST:PORT for 20 s; Ray itself tries for many minutes."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # Ray says what is wrong with it
+    limit = time.monotonic() + _HEAD_WAIT_S
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > limit:
+                wanted = f"nobody answers there ({error}); give HEAD:6379 of a cluster that runs"
+                raise RequestError(f"RAY_ADDRESS={address}: {wanted}") from None
+        time.sleep(0.5)
 
 
 def _start_ray(ours: set[int], quiet: Mapping[str, Any]) -> None:

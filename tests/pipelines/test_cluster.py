@@ -71,6 +71,13 @@ def test_the_address_of_a_dashboard_is_not_that_of_a_cluster() -> None:
     assert "RequestError: RAY_ADDRESS=http://127.0.0.1:8265: is a dashboard; give HEAD:6379" in done.stderr
 
 
+def test_an_address_where_nobody_listens_is_told_soon() -> None:
+    program = "from pipelines import cluster\ncluster._HEAD_WAIT_S = 1\nwith cluster.ray_session(): pass"
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:9", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+    assert "RequestError: RAY_ADDRESS=127.0.0.1:9: nobody answers there (" in done.stderr
+
+
 SLOW_START = """
 import sys, time
 from types import SimpleNamespace
